@@ -1,0 +1,24 @@
+"""Train language models without logits: loss and gradients straight from hidden states, head weight and targets.
+
+``linear_cross_entropy`` replaces ``F.cross_entropy(F.linear(hidden, weight), target)``; ``token_statistics`` gives
+per-token likelihood, entropy and more; ``plan`` says beforehand what memory a call needs.
+"""
+
+from logitless.functional import TokenStatistics as TokenStatistics
+from logitless.functional import linear_cross_entropy as linear_cross_entropy
+from logitless.functional import token_statistics as token_statistics
+from logitless.module import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+from logitless.options import Sampled as Sampled
+from logitless.planning import Plan as Plan
+from logitless.planning import plan as plan
+
+__all__ = [
+    "LinearCrossEntropyLoss",
+    "Plan",
+    "Sampled",
+    "TokenStatistics",
+    "linear_cross_entropy",
+    "plan",
+    "token_statistics",
+]
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,231 @@
+"""The contract between the operator and the code that computes it.
+
+A backend is a module with four functions:
+
+``unsupported(shape) -> str | None``
+    why it cannot serve a problem, or None; shared by dispatch, ``logitless check``, test skips and documentation.
+``workspace(shape, schedule) -> int``
+    an upper bound, in bytes, of what it holds above inputs and gradients under a schedule.
+``forward(problem, schedule) -> Statistics``
+    one pass over the logits.
+``backward(problem, schedule, statistics, coefficients) -> Gradients``
+    gradients of hidden states, weight and bias from per-row coefficients.
+``forward_with_gradients(problem, schedule, coefficients_of) -> (Statistics, Gradients)``
+    both at once, for schedules of the ``chunked`` strategy.
+
+A backend knows nothing of losses, reductions, autograd or process groups.
+
+N tokens, D hidden, V vocabulary; the rows of a ``Problem`` are those that count, so N is their number here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from logitless.options import HeadOptions
+
+Strategy = Literal["loss_only", "stored", "chunked", "windowed", "sampled"]
+Statistic = Literal["mean_logit", "smooth_logit", "prediction", "target_rank"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What planning needs to know of a problem, without its tensors.
+
+    Attributes:
+        tokens: N, the rows that count.
+        hidden: D.
+        vocabulary: V.
+        hidden_dtype: dtype of the hidden states and of their gradient.
+        weight_dtype: dtype of the weight and of its gradient.
+        compute_dtype: dtype in which operands enter the products.
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        hidden_gradient: whether the gradient of the hidden states is wanted.
+        weight_gradient: whether that of the weight is.
+        bias_gradient: whether that of the bias is.
+        statistics: what is wanted of each row besides logsumexp and target logit.
+        softcapped: whether the logits are capped.
+        threshold: that of the sampled gradient, None for the exact one.
+        compacted: whether the hidden states are a packed copy of the caller's (rows left out, or unusual strides).
+        weight_strided: whether no dimension of the weight is contiguous, so that products need a copy of it.
+    """
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    device_type: str
+    hidden_gradient: bool
+    weight_gradient: bool
+    bias_gradient: bool
+    statistics: frozenset[Statistic]
+    softcapped: bool
+    threshold: float | None
+    compacted: bool
+    weight_strided: bool
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        """Dtype of statistics, coefficients and accumulators: fp64 for fp64 problems, else fp32."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    @property
+    def any_gradient(self) -> bool:
+        """Whether any gradient is wanted."""
+        return self.hidden_gradient or self.weight_gradient or self.bias_gradient
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a backend goes about a problem: a strategy and the sizes of its tiles.
+
+    Attributes:
+        strategy: which of the five.
+        rows: rows of the hidden states in one tile of the forward pass.
+        window: vocabulary columns in one tile of the forward pass.
+        kept_windows: how many of the last windows' logits the forward pass keeps for the backward pass.
+        backward_window: vocabulary columns in one tile of a backward pass that recomputes.
+    """
+
+    strategy: Strategy
+    rows: int
+    window: int
+    kept_windows: int = 0
+    backward_window: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors and options of one evaluation.
+
+    Attributes:
+        shape: the same problem without its tensors.
+        hidden: [N, D] packed rows that count.
+        weight: [V, D] rows of the output projection.
+        bias: [V], or None.
+        target: [N] int64 vocabulary indices, all in [0, V) where the device could be asked.
+        head: scale and cap of the logits.
+        smoothing: [V] weight of each logit in ``smooth_logit``, one number for all, or None where not wanted.
+        offsets: [N] float64 in [0, 1), where each row's systematic sample starts; None for the exact gradient.
+    """
+
+    shape: Shape
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+    head: HeadOptions
+    smoothing: torch.Tensor | float | None
+    offsets: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the sampled gradient keeps: pairs of a row and a vocabulary block, grouped by block.
+
+    Attributes:
+        rows: [P] int32 row of each pair; ascending within a block, so no row twice.
+        weights: [P] inverse inclusion probability; 0 where the block is listed for its target alone.
+        starts: [B + 1] on the CPU: the pairs of block b are ``starts[b]`` to ``starts[b + 1]``.
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    starts: torch.Tensor
+
+
+@dataclass
+class Residuals:
+    """What a forward pass leaves for the backward pass besides statistics; the backward pass may use it up."""
+
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    """First column of a window -> its raw products [N, window], to be overwritten by their gradient."""
+    pairs: Pairs | None = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Everything a loss can ask of a row. Each field is [N]; the floats in the problem's statistics dtype.
+
+    Attributes:
+        logsumexp: log of the sum of exponentials of the row's logits.
+        target_logit: the target's logit.
+        mean_logit: softmax expectation of the logit, or None.
+        smooth_logit: sum of the logits weighted by ``Problem.smoothing``, or None.
+        prediction: int64 index of the largest logit, or None.
+        target_rank: int64 number of other entries with a logit above the target's, or None.
+        residuals: what the backward pass of the same backend may reuse.
+    """
+
+    logsumexp: torch.Tensor
+    target_logit: torch.Tensor
+    mean_logit: torch.Tensor | None = None
+    smooth_logit: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
+    target_rank: torch.Tensor | None = None
+    residuals: Residuals = field(default_factory=Residuals)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The one form of every gradient: ``dz_v = p_v (a + b z_v) - c [v = target] - d s_v``, each field [N].
+
+    ``s`` is ``Problem.smoothing``; the chain factors of cap and scale are the backend's. None means zero.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor | None
+    c: torch.Tensor
+    d: torch.Tensor | None
+
+    def rows(self, rows: slice | torch.Tensor) -> Coefficients:
+        """The coefficients of some rows."""
+        return Coefficients(
+            a=self.a[rows],
+            b=None if self.b is None else self.b[rows],
+            c=self.c[rows],
+            d=None if self.d is None else self.d[rows],
+        )
+
+
+@dataclass
+class Gradients:
+    """Gradients [N, D], [V, D], [V]; None where not wanted. In accumulation dtype until the operator hands them on."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+class BackendModule(Protocol):
+    """The functions of a backend, as a type."""
+
+    def unsupported(self, shape: Shape) -> str | None:
+        """Why the backend cannot serve the problem, or None."""
+        ...
+
+    def workspace(self, shape: Shape, schedule: Schedule) -> int:
+        """Upper bound, in bytes, of what the backend holds above inputs and gradients."""
+        ...
+
+    def forward(self, problem: Problem, schedule: Schedule) -> Statistics:
+        """Statistics of every row."""
+        ...
+
+    def backward(
+        self, problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients
+    ) -> Gradients:
+        """Gradients from statistics and coefficients."""
+        ...
+
+    def forward_with_gradients(
+        self, problem: Problem, schedule: Schedule, coefficients_of: Callable[[Statistics, slice], Coefficients]
+    ) -> tuple[Statistics, Gradients]:
+        """Statistics and gradients in one pass; ``coefficients_of`` maps the statistics of a slice of rows."""
+        ...

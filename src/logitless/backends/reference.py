@@ -1,0 +1,124 @@
+"""The specification: full logits and plain operations, in fp32 or fp64. Every other backend is held against it.
+
+With ``k_v = (z_v / cap)^2`` (0 without a cap) and ``r_v`` the weight of v's block (1 for the exact gradient), the
+gradient of a row's capped logits, scale apart, is
+
+    dz_v = r_v (1 - k_v) p_v (a + b z_v) - (1 - k_v) c [v = target] - (1 - r_v k_v) d s_v
+
+which for r = 1 is the form of ``Coefficients`` times the chain factor of the cap. Memory is that of the
+two-stage pipeline and more; of the schedule, only whether the gradient is sampled matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics
+from logitless.options import BLOCK
+from logitless.sampling import block_sums, inclusion_weights, mix_in_smoothing
+
+
+def unsupported(shape: Shape) -> str | None:
+    """None: it serves every problem."""
+    del shape
+    return None
+
+
+def workspace(shape: Shape, schedule: Schedule) -> int:
+    """Twelve tensors of logits' size, and the operands in the statistics dtype, bound what a pass holds."""
+    del schedule
+    n, d, v = shape.tokens, shape.hidden, shape.vocabulary
+    return shape.statistics_dtype.itemsize * (12 * n * v + 4 * n * d + 4 * v * d) + 256 * (n + v)
+
+
+def _operands(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and weight as they enter the products: rounded to the compute dtype, held wider."""
+    shape = problem.shape
+    return (
+        problem.hidden.to(shape.compute_dtype).to(shape.statistics_dtype),
+        problem.weight.to(shape.compute_dtype).to(shape.statistics_dtype),
+    )
+
+
+def _logits(problem: Problem) -> torch.Tensor:
+    """[N, V] logits after scale, bias and cap."""
+    hidden, weight = _operands(problem)
+    z = problem.head.logit_scale * (hidden @ weight.T)
+    if problem.bias is not None:
+        z = z + problem.bias.to(z.dtype)
+    if problem.head.softcap is not None:
+        z = problem.head.softcap * torch.tanh(z / problem.head.softcap)
+    return z
+
+
+def forward(problem: Problem, schedule: Schedule) -> Statistics:
+    """Statistics from full logits."""
+    del schedule
+    z = _logits(problem)
+    wanted = problem.shape.statistics
+    target_logit = z.gather(1, problem.target[:, None])
+    lse = z.logsumexp(1)
+    p = (z - lse[:, None]).exp()
+    return Statistics(
+        logsumexp=lse,
+        target_logit=target_logit[:, 0],
+        mean_logit=torch.where(p > 0, p * z, 0.0).sum(1) if "mean_logit" in wanted else None,
+        smooth_logit=(z * problem.smoothing).sum(1) if problem.smoothing is not None else None,
+        prediction=z.argmax(1) if "prediction" in wanted else None,
+        target_rank=(z > target_logit).sum(1) if "target_rank" in wanted else None,
+    )
+
+
+def block_weights(problem: Problem, statistics: Statistics) -> torch.Tensor:
+    """[N, B] weight of each block in the sampled gradient: 0 where it is left out."""
+    p = (_logits(problem) - statistics.logsumexp[:, None]).exp()
+    return _block_weights(problem, p)
+
+
+def _block_weights(problem: Problem, p: torch.Tensor) -> torch.Tensor:
+    threshold, offsets = problem.shape.threshold, problem.offsets
+    assert threshold is not None
+    assert offsets is not None
+    masses = block_sums(p)
+    if problem.smoothing is not None and problem.head.softcap is not None:
+        masses = mix_in_smoothing(masses, problem.smoothing, problem.shape.vocabulary)
+    return inclusion_weights(masses, threshold, offsets).to(p.dtype)
+
+
+def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients) -> Gradients:
+    """Gradients from full logits, recomputed."""
+    shape, head = problem.shape, problem.head
+    hidden, weight = _operands(problem)
+    z = _logits(problem)
+    p = (z - statistics.logsumexp[:, None]).exp()
+    k = torch.zeros_like(z) if head.softcap is None else (z / head.softcap).square()
+    r = torch.ones_like(z)
+    if schedule.strategy == "sampled":
+        r = _block_weights(problem, p).repeat_interleave(BLOCK, 1)[:, : shape.vocabulary]
+
+    dz = p * coefficients.a[:, None]
+    if coefficients.b is not None:
+        dz = dz + torch.where(p > 0, p * z, 0.0) * coefficients.b[:, None]
+    dz = r * dz
+    dz.scatter_add_(1, problem.target[:, None], -coefficients.c[:, None])
+    dz = dz * (1 - k)
+    if coefficients.d is not None:
+        assert problem.smoothing is not None
+        dz = dz - (1 - r * k) * (coefficients.d[:, None] * problem.smoothing)
+
+    return Gradients(
+        hidden=head.logit_scale * (dz @ weight) if shape.hidden_gradient else None,
+        weight=head.logit_scale * (dz.T @ hidden) if shape.weight_gradient else None,
+        bias=dz.sum(0) if shape.bias_gradient else None,
+    )
+
+
+def forward_with_gradients(
+    problem: Problem, schedule: Schedule, coefficients_of: Callable[[Statistics, slice], Coefficients]
+) -> tuple[Statistics, Gradients]:
+    """One pass after the other."""
+    statistics = forward(problem, schedule)
+    coefficients = coefficients_of(statistics, slice(0, problem.shape.tokens))
+    return statistics, backward(problem, schedule, statistics, coefficients)

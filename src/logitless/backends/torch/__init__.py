@@ -1,0 +1,26 @@
+"""Torch operations in row chunks or vocabulary windows: for CPUs, and devices without kernels of their own."""
+
+from __future__ import annotations
+
+from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics
+from logitless.backends.torch import dense, sampled
+from logitless.backends.torch.dense import forward_with_gradients as forward_with_gradients
+from logitless.backends.torch.memory import workspace as workspace
+
+
+def unsupported(shape: Shape) -> str | None:
+    """None: it serves every problem."""
+    del shape
+    return None
+
+
+def forward(problem: Problem, schedule: Schedule) -> Statistics:
+    """Statistics of every row, and what the schedule keeps for the backward pass."""
+    return (sampled if schedule.strategy == "sampled" else dense).forward(problem, schedule)
+
+
+def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients) -> Gradients:
+    """Gradients from statistics and coefficients."""
+    if schedule.strategy == "sampled":
+        return sampled.backward(problem, statistics, coefficients)
+    return dense.backward(problem, schedule, statistics, coefficients)

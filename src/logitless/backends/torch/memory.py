@@ -1,0 +1,162 @@
+"""What the torch backend allocates above inputs and gradients: the planner's only source.
+
+Every term is an allocation that the named module makes. Gradients themselves do not count, accumulators do where their
+dtype is not the gradient's. Bounds, in bytes; the larger of forward and backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+from logitless.backends.contract import Schedule, Shape
+from logitless.backends.torch.dense import PARTIAL, TARGET_ROWS
+from logitless.backends.torch.sampled import GROUP_ROWS
+from logitless.backends.torch.tiles import product_dtype, scratch_elements
+from logitless.options import BLOCK
+from logitless.sampling import block_count, kept_pairs_bound
+
+# Vectors of 8 bytes a row that live at the same time, statistics and what forms them; counted high.
+VECTORS = 24
+# Small tensors that do not depend on the problem's size.
+SLACK = 1 << 14
+
+
+def workspace(shape: Shape, schedule: Schedule) -> int:
+    """Upper bound of the bytes held under a schedule."""
+    fixed = _hidden_copies(shape) + VECTORS * 8 * shape.tokens + SLACK
+    # The bias in fp32, its gradient, and the temporary sum of a tile's columns.
+    vocabulary_vectors = 3 * shape.statistics_dtype.itemsize * shape.vocabulary
+    if schedule.strategy == "chunked":
+        passes = [_chunked(shape, schedule)]
+    elif schedule.strategy == "sampled":
+        passes = [_sampled_forward(shape, schedule), _sampled_backward(shape)]
+    else:
+        passes = [_dense_forward(shape, schedule)]
+        if shape.any_gradient and schedule.strategy != "loss_only":
+            passes.append(_dense_backward(shape, schedule))
+    return fixed + vocabulary_vectors + max(passes)
+
+
+def _hidden_copies(shape: Shape) -> int:
+    """Packed rows, their copy in the product dtype, and the gradient of packed rows."""
+    elements = shape.tokens * shape.hidden
+    total = 0
+    if shape.compacted:
+        total += elements * shape.hidden_dtype.itemsize * (2 if shape.hidden_gradient else 1)
+    if product_dtype(shape) != shape.hidden_dtype:
+        total += elements * product_dtype(shape).itemsize
+    return total
+
+
+def _scratch(shape: Shape, rows: int, columns: int, *, gradient: bool) -> int:
+    """The buffers of ``tiles.Scratch`` in use, and a rank's comparison mask."""
+    entropy = "mean_logit" in shape.statistics
+    buffers = 1 + entropy + (gradient and shape.softcapped)
+    del rows
+    mask = scratch_elements(shape, columns) if "target_rank" in shape.statistics else 0
+    return buffers * shape.statistics_dtype.itemsize * scratch_elements(shape, columns) + mask
+
+
+def _weight_copy(shape: Shape, columns: int) -> int:
+    """A window of the weight in the product dtype."""
+    if product_dtype(shape) == shape.weight_dtype and not shape.weight_strided:
+        return 0
+    return columns * shape.hidden * product_dtype(shape).itemsize
+
+
+def _narrow(shape: Shape) -> bool:
+    return product_dtype(shape) != shape.statistics_dtype
+
+
+def _hidden_accumulator(shape: Shape) -> int:
+    if not shape.hidden_gradient or shape.hidden_dtype == shape.statistics_dtype:
+        return 0
+    return shape.tokens * shape.hidden * shape.statistics_dtype.itemsize
+
+
+def _target_rows(shape: Shape) -> int:
+    """Gathered rows in up to three dtypes."""
+    return 3 * min(shape.tokens, TARGET_ROWS) * shape.hidden * shape.statistics_dtype.itemsize
+
+
+def _dense_forward(shape: Shape, schedule: Schedule) -> int:
+    rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
+    windows = math.ceil(shape.vocabulary / schedule.window)
+    kept = min(shape.vocabulary, schedule.kept_windows * schedule.window)
+    elements = shape.tokens * kept + (rows * window if schedule.kept_windows < windows else 0)
+    return (
+        elements * product_dtype(shape).itemsize
+        + _scratch(shape, rows, window, gradient=False)
+        + _weight_copy(shape, window)
+    )
+
+
+def _dense_backward(shape: Shape, schedule: Schedule) -> int:
+    item = product_dtype(shape).itemsize
+    window = min(schedule.backward_window, shape.vocabulary)
+    windows = math.ceil(shape.vocabulary / schedule.backward_window)
+    kept = min(shape.vocabulary, schedule.kept_windows * schedule.backward_window)
+    raw = shape.tokens * (kept + (window if schedule.kept_windows < windows else 0)) * item
+    hidden_partial = shape.tokens * shape.hidden * item if shape.hidden_gradient and _narrow(shape) else 0
+    weight_partial = 0
+    if shape.weight_gradient and shape.weight_dtype != product_dtype(shape):
+        weight_partial = window * shape.hidden * item
+    return (
+        raw
+        + _scratch(shape, shape.tokens, window, gradient=True)
+        + _weight_copy(shape, window)
+        + _hidden_accumulator(shape)
+        + hidden_partial
+        + weight_partial
+        + _target_rows(shape)
+    )
+
+
+def _chunked(shape: Shape, schedule: Schedule) -> int:
+    rows, item = min(schedule.rows, shape.tokens), product_dtype(shape).itemsize
+    total = rows * shape.vocabulary * item
+    total += _scratch(shape, rows, shape.vocabulary, gradient=True)
+    total += _weight_copy(shape, min(PARTIAL, shape.vocabulary))
+    total += _hidden_accumulator(shape) + _target_rows(shape)
+    if _narrow(shape):
+        total += (rows if shape.hidden_gradient else 0) * shape.hidden * item
+        total += (min(PARTIAL, shape.vocabulary) if shape.weight_gradient else 0) * shape.hidden * item
+    if shape.weight_gradient and shape.weight_dtype != shape.statistics_dtype:
+        total += shape.vocabulary * shape.hidden * shape.statistics_dtype.itemsize
+    return total
+
+
+def _pairs(shape: Shape) -> int:
+    """Row, weight and index of each kept pair, while they are put in order."""
+    assert shape.threshold is not None
+    return kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold) * 40
+
+
+def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
+    rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
+    # The table of block masses and the float64 sums, masks and indices of the selection.
+    table = rows * block_count(shape.vocabulary) * 56
+    return (
+        rows * window * product_dtype(shape).itemsize
+        + _scratch(shape, rows, window, gradient=False)
+        + _weight_copy(shape, window)
+        + table
+        + _pairs(shape)
+    )
+
+
+def _sampled_backward(shape: Shape) -> int:
+    group, width = min(GROUP_ROWS, max(1, shape.tokens)), shape.statistics_dtype.itemsize
+    group_rows = group * shape.hidden * (2 * product_dtype(shape).itemsize + width)
+    rank_one = (PARTIAL + BLOCK) * shape.hidden * width
+    return (
+        _pairs(shape)
+        + GROUP_ROWS * BLOCK * product_dtype(shape).itemsize
+        + _scratch(shape, group, BLOCK, gradient=True)
+        + _weight_copy(shape, BLOCK)
+        + BLOCK * shape.hidden * (width + product_dtype(shape).itemsize)
+        + _hidden_accumulator(shape)
+        + max(group_rows, rank_one)
+        + _target_rows(shape)
+        + 16 * group * 8
+    )

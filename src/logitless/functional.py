@@ -1,0 +1,332 @@
+"""``linear_cross_entropy`` and ``token_statistics``: arguments in, the operator's call out.
+
+Shapes: ``...`` any leading shape with N elements in all, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from logitless import operators, planning, validation
+from logitless.backends.contract import Shape
+from logitless.objective import LossObjective, StatisticsObjective
+from logitless.options import Backend, FloatOutput, HeadOptions, IntegerOutput, LossOptions, Reduction, Sampled
+
+Normalizer = torch.Tensor | float | None
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Per-token outputs of a language model's head; None where not asked for.
+
+    Each has the shape of ``target``. Floats are fp32 (fp64 for fp64 inputs), differentiable, and 0 at ignored tokens;
+    integers are int64, and -1 there.
+
+    Attributes:
+        nll: negative log-likelihood of the target, in nats.
+        logsumexp: log of the sum of exponentials of the logits.
+        entropy: of the softmax, in nats.
+        prediction: index of the largest logit.
+        target_rank: number of other vocabulary entries whose logit is above the target's; 0 means predicted.
+    """
+
+    nll: torch.Tensor | None = None
+    logsumexp: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
+    target_rank: torch.Tensor | None = None
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,  # [..., D]
+    linear_weight: torch.Tensor,  # [V, D]
+    target: torch.Tensor,  # [...]
+    *,
+    linear_bias: torch.Tensor | None = None,  # [V]
+    weight: torch.Tensor | None = None,  # [V]
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    token_weight: torch.Tensor | None = None,  # [...]
+    normalizer: Normalizer = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    gradient: str | Sampled = "exact",
+    workspace: int | str | None = None,
+    backend: Backend = "auto",
+    group: Any = None,
+) -> torch.Tensor:
+    """Cross-entropy of ``linear(input, linear_weight, linear_bias)`` and ``target``, without the logits.
+
+    Takes the place of ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target)``. The logits are
+    ``z_v = softcap * tanh((logit_scale * <x, w_v> + bias_v) / softcap)``, without the cap where ``softcap`` is None;
+    the scale does not reach the bias. The loss of a token with target y is::
+
+        token_weight * ((1 - label_smoothing) * weight_y * nll + label_smoothing * smooth + z_loss * logsumexp**2)
+
+    with ``smooth = sum_v weight_v * (logsumexp - z_v) / V``, as in ``torch.nn.functional.cross_entropy``.
+
+    Precision: statistics, loss and accumulators are fp32 (fp64 for fp64 inputs); each gradient has its tensor's dtype
+    and is rounded to it once. Products take operands in the wider of the two dtypes, or under autocast in the autocast
+    dtype, and accumulate in fp32.
+
+    Args:
+        input: hidden states [..., D], any strides; bf16, fp16, fp32 or fp64.
+        linear_weight: [V, D], of any of these dtypes, not necessarily that of ``input``.
+        target: vocabulary indices [...], any integer dtype.
+        linear_bias: [V].
+        weight: class weights [V].
+        reduction: ``"mean"``: the sum divided by the sum of class weights over tokens that count (their number without
+            class weights); ``"sum"``; ``"none"``: per token, in the shape of ``target``.
+        ignore_index: tokens with this target cost nothing and count for nothing. Any integer, also one in [0, V).
+        label_smoothing: in [0, 1].
+        token_weight: [...] multiplies each token's loss; does not change what a mean divides by.
+        normalizer: what a mean divides by instead, e.g. the number of tokens over all accumulation steps or ranks. A
+            number or a 0-d tensor; 0 gives loss 0 and gradients 0.
+        z_loss: coefficient of the squared logsumexp.
+        softcap: bound of the logits, or None.
+        logit_scale: factor of the products, e.g. an inverse temperature.
+        gradient: ``"exact"``, or ``Sampled(...)``: exact loss, unbiased gradient, a fraction of the cost.
+        workspace: bytes to hold at most above inputs and gradients: an int, text such as ``"512MiB"``, or None for
+            the default policy (an eighth of what the two-stage pipeline holds, at least 64 MiB); see ``plan``.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``. A named backend runs or raises.
+        group: process group over which the vocabulary is sharded; not supported yet.
+
+    Returns:
+        The loss: a scalar, or per token with 0 at ignored tokens; fp32, or fp64 for fp64 inputs. With nothing to count
+        (no tokens, or all ignored) loss and gradients are 0.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a tensor of the wrong kind of dtype.
+        ValueError: shapes that do not fit, tensors on different devices, numbers out of bounds, unknown names, a target
+            outside [0, V) on the CPU, or a workspace too small (the message says the smallest that works).
+        RuntimeError: from a second differentiation.
+
+    The method: arXiv 2511.17599, with the strategies and the sampled gradient of ``docs/design.md``.
+    """
+    validation.check_group(group)
+    validation.check_head(input, linear_weight, target, linear_bias)
+    validation.check_reduction(reduction)
+    validation.check_number("label_smoothing", label_smoothing, least=0, most=1)
+    validation.check_number("z_loss", z_loss, least=0)
+    validation.check_normalizer(normalizer, reduction, input)
+    vocabulary = linear_weight.shape[0]
+    if weight is not None:
+        validation.check_weighting("weight", weight, input, (vocabulary,), "one for each row of linear_weight")
+    if token_weight is not None:
+        validation.check_weighting("token_weight", token_weight, input, tuple(target.shape), "the shape of target")
+    options = LossOptions(reduction, ignore_index, label_smoothing, z_loss)
+    tokens = _Tokens.of(target, vocabulary, ignore_index)
+    dtype = _statistics_dtype(_compute_dtype(input, linear_weight))
+
+    class_weight = None if weight is None else weight.to(dtype)
+    row_weight = None if class_weight is None else class_weight[tokens.target]
+    scale = tokens.counted.to(dtype)
+    if reduction == "mean":
+        scale = scale * _inverse_normalizer(normalizer, scale if row_weight is None else scale * row_weight)
+    if token_weight is not None:
+        scale = scale * tokens.packed(token_weight).to(dtype)
+    smoothing: torch.Tensor | float | None = None
+    if label_smoothing:
+        smoothing = 1 / vocabulary if class_weight is None else class_weight / vocabulary
+    mass = smoothing.sum() if isinstance(smoothing, torch.Tensor) else 1.0
+    (loss,) = _evaluate(
+        input,
+        linear_weight,
+        linear_bias,
+        tokens,
+        LossObjective(options, scale, row_weight, mass),
+        HeadOptions(logit_scale, softcap),
+        smoothing,
+        gradient=gradient,
+        workspace=workspace,
+        backend=backend,
+    )
+    return loss if reduction != "none" else loss.view(target.shape)
+
+
+def token_statistics(
+    input: torch.Tensor,  # [..., D]
+    linear_weight: torch.Tensor,  # [V, D]
+    target: torch.Tensor,  # [...]
+    *,
+    outputs: Sequence[FloatOutput | IntegerOutput] = ("nll",),
+    linear_bias: torch.Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    gradient: str | Sampled = "exact",
+    workspace: int | str | None = None,
+    backend: Backend = "auto",
+    group: Any = None,
+) -> TokenStatistics:
+    """Per-token statistics of a language model's head, without the logits, from one pass.
+
+    For scoring, and for losses of your own: the floats are differentiable with any upstream gradients, all at the same
+    time. What is not asked for is not computed.
+
+    Args:
+        input: hidden states [..., D], any strides; bf16, fp16, fp32 or fp64.
+        linear_weight: [V, D].
+        target: vocabulary indices [...], any integer dtype.
+        outputs: which fields of ``TokenStatistics`` to fill.
+        linear_bias: [V].
+        ignore_index: tokens with this target cost nothing and get 0 (integers: -1).
+        softcap: bound of the logits, or None.
+        logit_scale: factor of the products.
+        gradient: ``"exact"`` or ``Sampled(...)``; the statistics are exact either way.
+        workspace: as in ``linear_cross_entropy``.
+        backend: as in ``linear_cross_entropy``.
+        group: as in ``linear_cross_entropy``.
+
+    Returns:
+        The statistics, in the shape of ``target``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``linear_cross_entropy``.
+    """
+    validation.check_group(group)
+    validation.check_head(input, linear_weight, target, linear_bias)
+    names = validation.check_outputs(outputs)
+    tokens = _Tokens.of(target, linear_weight.shape[0], ignore_index)
+    dtype = _statistics_dtype(_compute_dtype(input, linear_weight))
+    values = _evaluate(
+        input,
+        linear_weight,
+        linear_bias,
+        tokens,
+        StatisticsObjective(names, tokens.counted.to(dtype)),
+        HeadOptions(logit_scale, softcap),
+        None,
+        gradient=gradient,
+        workspace=workspace,
+        backend=backend,
+    )
+    return TokenStatistics(**{name: value.view(target.shape) for name, value in zip(names, values, strict=True)})
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens that count.
+
+    On the CPU those are picked out. On an accelerator that would stop the host, so all rows stay: ignored ones count 0,
+    and those whose target is out of range count NaN, so that their loss and gradients are NaN.
+
+    Attributes:
+        target: [N] int64 indices in [0, V).
+        rows: [N] positions among the caller's tokens, None for all.
+        counted: [N] float: 1, 0 or NaN.
+        total: how many tokens the caller gave.
+    """
+
+    target: torch.Tensor
+    rows: torch.Tensor | None
+    counted: torch.Tensor
+    total: int
+
+    @classmethod
+    def of(cls, target: torch.Tensor, vocabulary: int, ignore_index: int) -> _Tokens:
+        flat = target.detach().reshape(-1).long()
+        keep = flat != ignore_index
+        if flat.device.type == "cpu":
+            validation.check_targets_in_range(flat, vocabulary, ignore_index)
+            rows = None if keep.all() else keep.nonzero()[:, 0]
+            kept = flat if rows is None else flat[rows]
+            return cls(kept, rows, torch.ones(kept.shape[0]), flat.shape[0])
+        inside = (flat >= 0) & (flat < vocabulary)
+        counted = keep.float().masked_fill_(keep & ~inside, torch.nan)
+        return cls(torch.where(keep & inside, flat, 0), None, counted, flat.shape[0])
+
+    def packed(self, values: torch.Tensor) -> torch.Tensor:
+        """[...] values of all tokens -> [N] of those that count."""
+        flat = values.reshape(-1)
+        return flat if self.rows is None else flat[self.rows]
+
+
+def _inverse_normalizer(normalizer: Normalizer, counted: torch.Tensor) -> torch.Tensor:
+    """One over what a mean divides by; 0 where that is 0. 0-d, in the dtype of ``counted`` [N]."""
+    if normalizer is None:
+        total = counted.sum()
+    else:
+        total = torch.as_tensor(normalizer, dtype=counted.dtype, device=counted.device)
+    return torch.where(total == 0, 0, 1 / total)
+
+
+def _compute_dtype(input: torch.Tensor, linear_weight: torch.Tensor) -> torch.dtype:
+    """Dtype of the products' operands: autocast's where it is on, else the wider of the two."""
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64 and linear_weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(input.dtype, linear_weight.dtype)
+
+
+def _statistics_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+def _evaluate(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    linear_bias: torch.Tensor | None,
+    tokens: _Tokens,
+    objective: LossObjective | StatisticsObjective,
+    head: HeadOptions,
+    smoothing: torch.Tensor | float | None,
+    *,
+    gradient: str | Sampled,
+    workspace: int | str | None,
+    backend: str,
+) -> tuple[torch.Tensor, ...]:
+    """Plan the call and make it."""
+    if head.softcap is not None:
+        validation.check_number("softcap", head.softcap, above=0)
+    validation.check_number("logit_scale", head.logit_scale)
+    sampled = validation.check_gradient(gradient)
+    budget = validation.check_workspace(workspace)
+    hidden = input.reshape(-1, input.shape[-1])
+    recording = torch.is_grad_enabled()
+    shape = Shape(
+        tokens=tokens.target.shape[0],
+        hidden=hidden.shape[1],
+        vocabulary=linear_weight.shape[0],
+        hidden_dtype=hidden.dtype,
+        weight_dtype=linear_weight.dtype,
+        compute_dtype=_compute_dtype(input, linear_weight),
+        device_type=hidden.device.type,
+        hidden_gradient=recording and hidden.requires_grad,
+        weight_gradient=recording and linear_weight.requires_grad,
+        bias_gradient=recording and linear_bias is not None and linear_bias.requires_grad,
+        statistics=objective.statistics,
+        softcapped=head.softcap is not None,
+        threshold=None if sampled is None else sampled.threshold,
+        compacted=tokens.rows is not None or not hidden.is_contiguous(),
+        weight_strided=1 not in linear_weight.stride(),
+    )
+    name = planning.choose_backend(backend, shape)
+    plan = planning.choose(shape, name, objective.scalar, budget)
+    offsets = None
+    if sampled is not None and shape.any_gradient:
+        offsets = _offsets(shape.tokens, hidden.device, sampled.generator)
+    call = operators.Call(
+        shape=shape,
+        plan=plan,
+        target=tokens.target,
+        rows=tokens.rows,
+        total_rows=tokens.total,
+        head=head,
+        objective=objective,
+        smoothing=smoothing,
+        offsets=offsets,
+    )
+    return operators.apply(hidden, linear_weight, linear_bias, call)
+
+
+def _offsets(tokens: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
+    """[N] float64 uniform in [0, 1), drawn where the generator lives."""
+    source = device if generator is None else generator.device
+    return torch.rand(tokens, dtype=torch.float64, device=source, generator=generator).to(device)

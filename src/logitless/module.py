@@ -1,0 +1,68 @@
+"""``LinearCrossEntropyLoss``: the options of ``linear_cross_entropy``, held by a module."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from logitless.functional import Normalizer, linear_cross_entropy
+
+_TENSORS_OF_A_CALL = {"input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer"}
+_OPTIONS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
+    if name not in _TENSORS_OF_A_CALL
+}
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """Cross-entropy of a linear head, as a module; see ``linear_cross_entropy`` for every option.
+
+    The head's weight stays with the model and is given to each call, so that tied weights and sharding stay what they
+    are. ``weight``, the class weights, is a buffer and moves with the module.
+
+    Args:
+        **options: keyword options of ``linear_cross_entropy`` but for ``linear_bias``, ``token_weight`` and
+            ``normalizer``, which belong to a call.
+
+    Raises:
+        TypeError: an unknown option.
+    """
+
+    weight: torch.Tensor | None
+
+    def __init__(self, **options: Any) -> None:
+        """Hold the options."""
+        super().__init__()
+        unknown = sorted(options.keys() - _OPTIONS.keys())
+        if unknown:
+            raise TypeError(f"LinearCrossEntropyLoss has no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
+        self.register_buffer("weight", options.pop("weight", None))
+        self.options = options
+
+    def forward(
+        self,
+        input: torch.Tensor,  # [..., D]
+        linear_weight: torch.Tensor,  # [V, D]
+        target: torch.Tensor,  # [...]
+        linear_bias: torch.Tensor | None = None,  # [V]
+        token_weight: torch.Tensor | None = None,  # [...]
+        normalizer: Normalizer = None,
+    ) -> torch.Tensor:
+        """The loss; arguments as in ``linear_cross_entropy``."""
+        return linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that differ from the default."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value != _OPTIONS[name])

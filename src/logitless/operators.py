@@ -1,0 +1,184 @@
+"""The operator: one differentiable call from hidden states, weight and bias to an objective's outputs.
+
+Forward packs the rows that count, asks the backend for statistics and the objective for outputs. Backward asks the
+objective for coefficients and the backend for gradients. Under the chunked strategy the gradients of a scalar output
+are formed in the forward pass and only scaled here; they are used up by the first backward pass, and a second one
+through a retained graph computes them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from logitless import backends
+from logitless.backends.contract import Coefficients, Gradients, Problem, Shape, Statistics
+from logitless.objective import LossObjective, StatisticsObjective
+from logitless.options import HeadOptions
+from logitless.planning import Plan
+
+SECOND_ORDER = (
+    "logitless: second derivatives are not supported: the backward pass of this operator cannot be differentiated "
+    "again (create_graph=True was used and its result differentiated); compute this loss with "
+    "torch.nn.functional.cross_entropy on logits where second derivatives are needed"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the operator, but for its differentiable tensors.
+
+    Attributes:
+        shape: of the problem.
+        plan: how to compute it.
+        target: [N] int64, of the rows that count.
+        rows: [N] int64 their positions among the caller's rows, None where all of them count.
+        total_rows: how many rows the caller gave.
+        head: scale and cap of the logits.
+        objective: from statistics to outputs.
+        smoothing: as in ``Problem``.
+        offsets: as in ``Problem``.
+    """
+
+    shape: Shape
+    plan: Plan
+    target: torch.Tensor
+    rows: torch.Tensor | None
+    total_rows: int
+    head: HeadOptions
+    objective: LossObjective | StatisticsObjective
+    smoothing: torch.Tensor | float | None
+    offsets: torch.Tensor | None
+
+    def problem(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Problem:
+        """The problem of the rows that count, packed."""
+        packed = hidden if self.rows is None else hidden.index_select(0, self.rows)
+        return Problem(
+            shape=self.shape,
+            hidden=packed.contiguous(),
+            weight=weight,
+            bias=bias,
+            target=self.target,
+            head=self.head,
+            smoothing=self.smoothing,
+            offsets=self.offsets,
+        )
+
+    def spread(self, packed: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        """Rows that count, put back among the caller's; ``fill`` elsewhere. [N, ...] -> [total_rows, ...]."""
+        if self.rows is None:
+            return packed
+        full = packed.new_full((self.total_rows, *packed.shape[1:]), fill)
+        return full.index_copy_(0, self.rows, packed)
+
+
+def apply(
+    hidden: torch.Tensor,  # [total_rows, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    call: Call,
+) -> tuple[torch.Tensor, ...]:
+    """The objective's outputs: scalars, or [total_rows] with 0 (integers: -1) at rows that do not count."""
+    return _LinearHead.apply(hidden, weight, bias, call)  # type: ignore[no-any-return]
+
+
+class _LinearHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call
+    ) -> tuple[torch.Tensor, ...]:
+        schedule, backend = call.plan.schedule, backends.load(call.plan.backend)
+        objective = call.objective
+        ctx.call, ctx.prepared = call, None
+        ctx.save_for_backward(hidden, weight, bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            problem = call.problem(hidden, weight, bias)
+            if schedule.strategy == "chunked":
+                assert isinstance(objective, LossObjective)
+
+                def coefficients_of(statistics: Statistics, rows: slice) -> Coefficients:
+                    return objective.rows(rows).coefficients(statistics, (None,))
+
+                statistics, ctx.prepared = backend.forward_with_gradients(problem, schedule, coefficients_of)
+            else:
+                statistics = backend.forward(problem, schedule)
+            outputs = objective.outputs(statistics)
+        ctx.statistics = statistics
+        if not objective.scalar:
+            outputs = tuple(call.spread(o, 0 if o.is_floating_point() else -1) for o in outputs)
+        ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _gradients(ctx, hidden, weight, bias, upstream)
+        if torch.is_grad_enabled():  # create_graph=True
+            connected = [t for t in (hidden, weight, bias, *upstream) if t is not None and t.requires_grad]
+            gradients = tuple(None if g is None else _NotTwice.apply(g, *connected) for g in gradients)
+        return (*gradients, None)
+
+
+def _gradients(
+    ctx: Any,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    upstream: tuple[torch.Tensor | None, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of hidden states, weight and bias in their own dtypes."""
+    call: Call = ctx.call
+    if all(grad is None for grad in upstream):
+        return None, None, None
+    backend = backends.load(call.plan.backend)
+    scale: torch.Tensor | None = None
+    with torch.autocast(hidden.device.type, enabled=False):
+        if ctx.prepared is not None:
+            (scale,) = upstream
+            gradients: Gradients = ctx.prepared
+            ctx.prepared = None
+        else:
+            problem = call.problem(hidden, weight, bias)
+            coefficients = call.objective.coefficients(ctx.statistics, _packed(call, upstream))
+            gradients = backend.backward(problem, call.plan.schedule, ctx.statistics, coefficients)
+            del problem
+        packed = _handed_on(gradients, "hidden", scale, hidden.dtype)
+        return (
+            None if packed is None else call.spread(packed),
+            _handed_on(gradients, "weight", scale, weight.dtype),
+            None if bias is None else _handed_on(gradients, "bias", scale, bias.dtype),
+        )
+
+
+def _packed(call: Call, upstream: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    """Upstream gradients of the rows that count."""
+    if call.rows is None or call.objective.scalar:
+        return upstream
+    return tuple(None if grad is None else grad[call.rows] for grad in upstream)
+
+
+def _handed_on(gradients: Gradients, name: str, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """One gradient, scaled while it is still in accumulation dtype, then rounded; its accumulator is let go."""
+    gradient: torch.Tensor | None = getattr(gradients, name)
+    setattr(gradients, name, None)
+    # Asking an accelerator for the value would stop the host; multiplying by one is cheaper.
+    if gradient is not None and scale is not None and not (scale.device.type == "cpu" and scale.item() == 1):
+        gradient.mul_(scale)
+    return None if gradient is None else gradient.to(dtype)
+
+
+class _NotTwice(torch.autograd.Function):
+    """The identity on a gradient, connected to what it came from, so that differentiating it says why it cannot be."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *connected: torch.Tensor) -> torch.Tensor:
+        del ctx, connected
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        raise RuntimeError(SECOND_ORDER)

@@ -1,0 +1,72 @@
+"""Which blocks of the vocabulary the sampled gradient keeps, and what weight they get.
+
+A row's softmax puts mass ``m_b`` on block b (``options.BLOCK`` consecutive entries). Block b is kept with probability
+``pi_b = min(1, m_b / threshold)`` and weighs ``1 / pi_b`` if kept, 0 if not, so that the expected weight is 1 wherever
+there is mass. Selection is systematic: walk along the row, adding up ``pi``; block b is kept when the running sum,
+started at the row's offset in [0, 1), passes an integer within it. That happens with probability exactly ``pi_b`` over
+a uniform offset, and at most ``ceil(sum pi) <= 1 / threshold + 1`` times a row.
+
+With a cap on the logits, label smoothing has a part that is not of rank one, ``d s_v (z_v / cap)^2``, with mass
+wherever ``s`` has. Selection then goes by a mixture of the softmax and of ``s``, which sums to one as well.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from logitless.options import BLOCK
+
+# Share of the mixture that goes to the smoothing distribution. The softmax part's variance grows by at most 1 / 0.9.
+SMOOTHING_SHARE = 0.1
+
+
+def block_count(vocabulary: int) -> int:
+    """Blocks in a vocabulary; the last may be narrower."""
+    return math.ceil(vocabulary / BLOCK)
+
+
+def kept_pairs_bound(tokens: int, vocabulary: int, threshold: float) -> int:
+    """Most (row, block) pairs that can be listed: a row's sample, and its target's block."""
+    return tokens * min(block_count(vocabulary), math.ceil(1 / threshold) + 2)
+
+
+def block_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sums over blocks of the last dimension: [R, V] or [V] -> [R, B] or [B]."""
+    width = values.shape[-1]
+    whole = width - width % BLOCK
+    sums = values[..., :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+    if whole < width:
+        sums = torch.cat((sums, values[..., whole:].sum(-1, keepdim=True)), -1)
+    return sums
+
+
+def mix_in_smoothing(
+    masses: torch.Tensor,  # [R, B]
+    smoothing: torch.Tensor | float,  # [V] or one number
+    vocabulary: int,
+) -> torch.Tensor:
+    """[R, B] masses of the mixture to sample from when logits are capped and labels smoothed."""
+    if not isinstance(smoothing, torch.Tensor):
+        smoothing = torch.full((vocabulary,), smoothing, device=masses.device)
+    share = block_sums(smoothing.abs().double())
+    share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
+    return masses * (1 - SMOOTHING_SHARE) + share * SMOOTHING_SHARE
+
+
+def inclusion_weights(
+    masses: torch.Tensor,  # [R, B]
+    threshold: float,
+    offsets: torch.Tensor,  # [R]
+) -> torch.Tensor:
+    """[R, B] float64 weights: inverse inclusion probability where a block is kept, 0 where it is not.
+
+    Sums run in float64: with a thousand blocks a float32 running sum would be off by more than the probability of a
+    small block.
+    """
+    probability = (masses.double() / threshold).clamp_(max=1.0)
+    passed = probability.cumsum(1).add_(offsets.double()[:, None]).floor_()
+    first = passed[:, :1] > 0
+    kept = torch.cat((first, passed[:, 1:] > passed[:, :-1]), 1) | (probability >= 1)
+    return torch.where(kept, 1 / probability, 0.0)
