@@ -1,0 +1,103 @@
+"""The command line. A subcommand's code is imported when it runs, so ``logitless --help`` needs no extra."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from logitless.demo.config import TrainConfig, add_flags, given_flags
+from logitless.demo.errors import InputError
+
+if TYPE_CHECKING:
+    Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+DEMO_MODULES = ("matplotlib", "mistral_common", "numpy", "psutil", "rich")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the words after the program's name; None for those of this process.
+
+    Returns:
+        The exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C, or what the subcommand says.
+    """
+    parser = argparse.ArgumentParser(
+        prog="logitless", description="Train language models without logits, and see what that saves."
+    )
+    subcommands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
+    _add_demo(subcommands)
+    _add_train(subcommands)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (InputError, OSError) as error:
+        print(f"logitless {arguments.subcommand}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"logitless {arguments.subcommand}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _add_demo(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "demo",
+        help="train a small model with and without logits, and write a report",
+        description="Trains the same decoder three times from one seed: through logits, exactly without, and with the "
+        "sampled gradient. Writes a report with plots. Defaults depend on the machine: a small model on "
+        "a CPU (a few minutes), a larger one on a GPU.",
+    )
+    add_flags(parser, TrainConfig(), without=("head", "eval_every", "checkpoint_every"), show_defaults=False)
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder for the results (default: runs/demo-TIME)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _require_extra("demo", DEMO_MODULES)
+    from rich.console import Console
+
+    from logitless.demo.comparison import run_demo
+
+    run_dir = arguments.run_dir or _new_run_dir("demo")
+    return run_demo(given_flags(arguments), run_dir, shlex.join(["logitless", *sys.argv[1:]]), Console())
+
+
+def _add_train(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "train",
+        help="train a small model, with checkpoints",
+        description="Trains a decoder on text. Stopped by Ctrl-C it can be resumed, and then gives the losses it would "
+        "have given had it never stopped.",
+    )
+    add_flags(parser, TrainConfig())
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of a new run (default: runs/train-TIME)")
+    folder.add_argument("--resume", type=Path, metavar="DIR", help="folder of a run to go on with, as it was set up")
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    _require_extra("demo", DEMO_MODULES)
+    from rich.console import Console
+
+    from logitless.demo.runs import run_training
+
+    run_dir = arguments.resume or arguments.run_dir or _new_run_dir("train")
+    return run_training(given_flags(arguments), run_dir, arguments.resume is not None, TrainConfig(), Console())
+
+
+def _new_run_dir(name: str) -> Path:
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _require_extra(extra: str, modules: Sequence[str]) -> None:
+    missing = [name.replace("_", "-") for name in modules if find_spec(name) is None]
+    if missing:
+        raise InputError(f"this subcommand needs {', '.join(missing)}: pip install 'logitless[{extra}]'")

@@ -1,0 +1,34 @@
+"""The three ways from hidden states to the loss that the demo compares."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import logitless
+from logitless.demo.config import TrainConfig
+from logitless.demo.data import GRADIENT_STREAM, derived_seed
+
+
+def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, step: int, config: TrainConfig) -> Tensor:
+    """Returns the mean loss of a batch by the head that `config` names.
+
+    Args:
+        hidden: `[N, D]`, float32 or bfloat16.
+        weight: `[V, D]`, of the type of `hidden`.
+        target: `[N]`, int64.
+        step: seeds the sampled gradient, together with the run's seed.
+        config: which head, and its threshold.
+
+    Returns:
+        A float32 scalar.
+    """
+    if config.head == "two-stage":
+        # In float32 as under autocast: a bfloat16 loss of 8 would be a multiple of 1/16.
+        return F.cross_entropy(F.linear(hidden, weight).float(), target)
+    if config.head == "exact":
+        return logitless.linear_cross_entropy(hidden, weight, target)
+    generator = torch.Generator(hidden.device).manual_seed(derived_seed(config.seed, GRADIENT_STREAM, step))
+    gradient = logitless.Sampled(threshold=config.threshold, generator=generator)
+    return logitless.linear_cross_entropy(hidden, weight, target, gradient=gradient)

@@ -1,0 +1,206 @@
+"""``logitless train``: a run in a folder of its own that can be stopped at any moment and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from logitless.demo.checkpoint import TEMPORARY_SUFFIX, atomic_write, load_checkpoint, save_checkpoint, truncate_log
+from logitless.demo.config import TrainConfig, refuse_conflicts, with_flags
+from logitless.demo.data import Corpus, Tokenizer, cached_corpus, check_size, load_corpus, tekken
+from logitless.demo.errors import InputError
+from logitless.demo.memory import memory_meter
+from logitless.demo.progress import StepProgress
+from logitless.demo.train import Trainer, resolve_device
+
+TOKEN_CACHE = ".tokens"  # beside the run folders, so that runs on the same text share it
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """The run's settings and the key of its tokens; written once."""
+        return self.path / "run.json"
+
+    @property
+    def log(self) -> Path:
+        """One JSON line a step."""
+        return self.path / "log.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The state after some step."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def token_cache(self) -> Path:
+        """Where tokens are kept."""
+        return self.path.parent / TOKEN_CACHE
+
+    def refuse_existing(self) -> None:
+        """Checks that nothing would be overwritten.
+
+        Raises:
+            InputError: the path is taken.
+        """
+        if self.settings.exists():
+            raise InputError(
+                f"{self.path} already holds a run: go on with --resume {self.path}, or give a new --run-dir"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(f"{self.path} exists and is not an empty folder: give a new --run-dir")
+
+    def create(self, config: TrainConfig, tokens_key: str) -> None:
+        """Makes the folder and writes the settings."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.settings) as file:
+            file.write(json.dumps({"config": config.to_json(), "tokens": tokens_key}, indent=2).encode())
+
+    def read(self) -> tuple[TrainConfig, str]:
+        """Returns the settings and the key of the tokens.
+
+        Raises:
+            InputError: there is no run in the folder, or its settings cannot be read.
+        """
+        if not self.settings.is_file():
+            raise InputError(f"--resume {self.path}: there is no run in this folder (no {self.settings.name})")
+        try:
+            data = json.loads(self.settings.read_text())
+            return TrainConfig.from_json(data["config"]), str(data["tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.settings} cannot be read ({error}): restore it, or start a new run") from error
+
+
+def run_training(
+    given: Mapping[str, Any],
+    run_dir: Path,
+    resume: bool,
+    base: TrainConfig,
+    console: Console,
+    load_tokenizer: Callable[[], Tokenizer] = tekken,
+) -> int:
+    """Trains until the last step or a signal.
+
+    Args:
+        given: settings the user gave, by name.
+        run_dir: the run's folder.
+        resume: whether to go on with the run in it.
+        base: the settings not in `given`, for a new run.
+        console: where progress is shown.
+        load_tokenizer: makes the tokenizer.
+
+    Returns:
+        The process's exit code: 0, or 128 plus the number of the signal that stopped the run.
+
+    Raises:
+        InputError: something given cannot be used.
+    """
+    folder = RunFolder(run_dir)
+    if resume:
+        config, tokens_key = folder.read()
+        refuse_conflicts(config, given)
+        config = resolve_device(config)
+        corpus = _same_corpus(folder, config, tokens_key, load_tokenizer())
+        for leftover in folder.path.glob(f"*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
+    else:
+        config = resolve_device(with_flags(base, given))
+        folder.refuse_existing()
+        with console.status("reading and tokenizing the text"):
+            corpus = load_corpus(config.text, load_tokenizer(), folder.token_cache)
+        check_size(corpus, config.batch, config.sequence)
+        folder.create(config, corpus.key)
+    with memory_meter(config.device) as meter:
+        trainer = Trainer(config, corpus, meter)
+        if folder.checkpoint.exists():
+            trainer.load_state_dict(load_checkpoint(folder.checkpoint))
+        truncate_log(folder.log, trainer.step)
+        if resume:
+            console.print(f"resuming {folder.path} after step {trainer.step} of {config.steps}", highlight=False)
+        return _train_to_the_end(trainer, folder, console)
+
+
+def _train_to_the_end(trainer: Trainer, folder: RunFolder, console: Console) -> int:
+    config = trainer.config
+    with (
+        _stop_request() as stop,
+        folder.log.open("a", buffering=1) as log,
+        StepProgress(console, config.head, config.steps, config.tokens, done=trainer.step) as progress,
+    ):
+        while trainer.step < config.steps and stop.signal is None:
+            record = trainer.advance()
+            last = trainer.step == config.steps
+            if last or _due(trainer.step, config.eval_every):
+                record = replace(record, held_out_loss=trainer.held_out_loss())
+            log.write(json.dumps(asdict(record)) + "\n")
+            progress.update(record)
+            if last or stop.signal is not None or _due(trainer.step, config.checkpoint_every):
+                os.fsync(log.fileno())  # the log must never miss a step that the checkpoint has done
+                save_checkpoint(folder.checkpoint, trainer.state_dict())
+    if trainer.step < config.steps and stop.signal is not None:
+        console.print(
+            f"stopped after step {trainer.step} of {config.steps}; go on with: logitless train --resume {folder.path}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return 128 + stop.signal
+    console.print(f"all {config.steps} steps done: {folder.path}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _same_corpus(folder: RunFolder, config: TrainConfig, key: str, tokenizer: Tokenizer) -> Corpus:
+    corpus = cached_corpus(key, tokenizer, folder.token_cache)
+    if corpus is None:
+        corpus = load_corpus(config.text, tokenizer, folder.token_cache)
+        if corpus.key != key:
+            raise InputError(
+                f"the text at {config.text or 'the standard library'} is no longer what {folder.path} was started on: "
+                "restore it, or start a new run"
+            )
+    return corpus
+
+
+@dataclass
+class _StopRequest:
+    signal: int | None = None
+
+
+@contextmanager
+def _stop_request() -> Iterator[_StopRequest]:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one acts as usual."""
+    request = _StopRequest()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: FrameType | None) -> None:
+        request.signal = number
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
