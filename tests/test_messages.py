@@ -1,0 +1,295 @@
+"""Every mistake a caller can make gives an exception that names the argument, what is expected and what came."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import logitless
+import logitless.planning
+
+TOKENS, HIDDEN, VOCABULARY = 4, 8, 11
+
+
+def arguments(**changes) -> dict[str, object]:
+    """A valid call with some arguments changed."""
+    valid = {
+        "input": torch.ones(TOKENS, HIDDEN),
+        "linear_weight": torch.ones(VOCABULARY, HIDDEN),
+        "target": torch.zeros(TOKENS, dtype=torch.int64),
+    }
+    return {**valid, **changes}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def assert_names(error: pytest.ExceptionInfo, *fragments: str) -> None:
+    """Each fragment stands in the message as a word, or number, of its own."""
+    message = str(error.value)
+
+    def stands(fragment: str) -> bool:
+        before = r"(?<![\w.-])" if fragment[0].isdigit() else r"(?<!\w)"
+        return re.search(rf"{before}{re.escape(fragment)}(?!\w)", message) is not None
+
+    missing = [fragment for fragment in fragments if not stands(fragment)]
+    assert not missing, f"{missing} not in {message!r}"
+
+
+# Changes to a valid call that both functions refuse: exception, and what its message must name.
+HEAD = {
+    "input not a tensor": ({"input": [[1.0]]}, TypeError, ["input", "list"]),
+    "input of integers": ({"input": torch.ones(4, 8, dtype=torch.int64)}, TypeError, ["input", "int64"]),
+    "input complex": ({"input": torch.ones(4, 8, dtype=torch.complex64)}, TypeError, ["input", "complex64"]),
+    "input without dimensions": ({"input": torch.tensor(1.0)}, ValueError, ["input"]),
+    "linear_weight not a tensor": ({"linear_weight": None}, TypeError, ["linear_weight", "NoneType"]),
+    "linear_weight of integers": (
+        {"linear_weight": torch.ones(11, 8, dtype=torch.int32)},
+        TypeError,
+        ["linear_weight", "int32"],
+    ),
+    "linear_weight with one dimension": ({"linear_weight": torch.ones(8)}, ValueError, ["linear_weight", "8"]),
+    "linear_weight with three dimensions": ({"linear_weight": torch.ones(11, 8, 2)}, ValueError, ["linear_weight"]),
+    "hidden sizes differ": ({"linear_weight": torch.ones(11, 7)}, ValueError, ["linear_weight", "7", "8"]),
+    "no vocabulary": ({"linear_weight": torch.ones(0, 8)}, ValueError, ["linear_weight", "0"]),
+    "target not a tensor": ({"target": [0, 0, 0, 0]}, TypeError, ["target", "list"]),
+    "target of floats": ({"target": torch.zeros(4)}, TypeError, ["target", "float32"]),
+    "target of booleans": ({"target": torch.zeros(4, dtype=torch.bool)}, TypeError, ["target", "bool"]),
+    "target too short": ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, ["target", "3", "4"]),
+    "target with a dimension too many": (
+        {"target": torch.zeros(4, 5, dtype=torch.int64)},
+        ValueError,
+        ["target", "4", "5"],
+    ),
+    "target too large": ({"target": torch.tensor([0, 10, 11, -1])}, ValueError, ["target", "11", "2"]),
+    "target negative": ({"target": torch.tensor([0, -3, 0, 11])}, ValueError, ["target", "-3", "1", "11"]),
+    "target out of range and not ignored": (
+        {"target": torch.tensor([-100, 0, 0, -100]), "ignore_index": 5},
+        ValueError,
+        ["target", "-100", "0"],
+    ),
+    "linear_bias not a tensor": ({"linear_bias": 1.0}, TypeError, ["linear_bias", "float"]),
+    "linear_bias too long": ({"linear_bias": torch.ones(12)}, ValueError, ["linear_bias", "11", "12"]),
+    "linear_bias with two dimensions": ({"linear_bias": torch.ones(1, 11)}, ValueError, ["linear_bias", "11"]),
+    "linear_bias of integers": (
+        {"linear_bias": torch.ones(11, dtype=torch.int64)},
+        TypeError,
+        ["linear_bias", "int64"],
+    ),
+    "linear_weight on another device": ({"linear_weight": meta(11, 8)}, ValueError, ["linear_weight", "meta", "cpu"]),
+    "target on another device": (
+        {"target": meta(4, dtype=torch.int64)},
+        ValueError,
+        ["target", "meta", "cpu"],
+    ),
+    "linear_bias on another device": ({"linear_bias": meta(11)}, ValueError, ["linear_bias", "meta", "cpu"]),
+    "ignore_index not an integer": ({"ignore_index": 0.5}, TypeError, ["ignore_index", "float"]),
+    "softcap negative": ({"softcap": -1.0}, ValueError, ["softcap", "-1.0"]),
+    "softcap zero": ({"softcap": 0.0}, ValueError, ["softcap", "0.0"]),
+    "softcap not a number": ({"softcap": float("nan")}, ValueError, ["softcap", "nan"]),
+    "softcap text": ({"softcap": "30"}, TypeError, ["softcap", "str"]),
+    "logit_scale not a number": ({"logit_scale": float("nan")}, ValueError, ["logit_scale", "nan"]),
+    "logit_scale infinite": ({"logit_scale": float("inf")}, ValueError, ["logit_scale", "inf"]),
+    "logit_scale text": ({"logit_scale": "1"}, TypeError, ["logit_scale", "str"]),
+    "gradient unknown": ({"gradient": "rough"}, ValueError, ["gradient", "rough", "exact"]),
+    "gradient of another type": ({"gradient": 0.5}, (TypeError, ValueError), ["gradient", "0.5", "exact"]),
+    "backend unknown": ({"backend": "fortran"}, ValueError, ["backend", "fortran", "reference", "torch", "auto"]),
+    "workspace zero": ({"workspace": 0}, ValueError, ["workspace", "0"]),
+    "workspace negative": ({"workspace": -5}, ValueError, ["workspace", "-5"]),
+    "workspace unreadable": ({"workspace": "plenty"}, ValueError, ["workspace", "plenty"]),
+    "workspace of an unknown unit": ({"workspace": "5 parsecs"}, ValueError, ["workspace", "5 parsecs"]),
+    "workspace without a number": ({"workspace": "MiB"}, ValueError, ["workspace", "MiB"]),
+    "workspace negative text": ({"workspace": "-1MiB"}, ValueError, ["workspace", "-1MiB"]),
+    "workspace a float": ({"workspace": 1.5}, TypeError, ["workspace", "float"]),
+    "workspace a boolean": ({"workspace": True}, TypeError, ["workspace", "bool"]),
+}
+
+LOSS = {
+    "reduction unknown": ({"reduction": "average"}, ValueError, ["reduction", "average", "mean", "sum", "none"]),
+    "label_smoothing negative": ({"label_smoothing": -0.1}, ValueError, ["label_smoothing", "-0.1"]),
+    "label_smoothing above one": ({"label_smoothing": 1.5}, ValueError, ["label_smoothing", "1.5"]),
+    "label_smoothing not a number": ({"label_smoothing": float("nan")}, ValueError, ["label_smoothing", "nan"]),
+    "label_smoothing text": ({"label_smoothing": "0.1"}, TypeError, ["label_smoothing", "str"]),
+    "z_loss negative": ({"z_loss": -0.5}, ValueError, ["z_loss", "-0.5"]),
+    "z_loss not a number": ({"z_loss": float("nan")}, ValueError, ["z_loss", "nan"]),
+    "z_loss text": ({"z_loss": "0.1"}, TypeError, ["z_loss", "str"]),
+    "weight not a tensor": ({"weight": [1.0] * 11}, TypeError, ["weight", "list"]),
+    "weight of integers": ({"weight": torch.ones(11, dtype=torch.int64)}, TypeError, ["weight", "int64"]),
+    "weight too short": ({"weight": torch.ones(10)}, ValueError, ["weight", "10", "11"]),
+    "weight with two dimensions": ({"weight": torch.ones(11, 1)}, ValueError, ["weight", "11", "1"]),
+    "weight requires a gradient": (
+        {"weight": torch.ones(11, requires_grad=True)},
+        ValueError,
+        ["weight", "not differentiable"],
+    ),
+    "weight on another device": ({"weight": meta(11)}, ValueError, ["weight", "meta", "cpu"]),
+    "token_weight not a tensor": ({"token_weight": 2.0}, TypeError, ["token_weight", "float"]),
+    "token_weight of integers": (
+        {"token_weight": torch.ones(4, dtype=torch.int64)},
+        TypeError,
+        ["token_weight", "int64"],
+    ),
+    "token_weight too short": ({"token_weight": torch.ones(3)}, ValueError, ["token_weight", "3", "4"]),
+    "token_weight a column": ({"token_weight": torch.ones(4, 1)}, ValueError, ["token_weight", "4", "1"]),
+    "token_weight requires a gradient": (
+        {"token_weight": torch.ones(4, requires_grad=True)},
+        ValueError,
+        ["token_weight", "not differentiable"],
+    ),
+    "token_weight on another device": ({"token_weight": meta(4)}, ValueError, ["token_weight", "meta", "cpu"]),
+    "normalizer with sum": ({"normalizer": 4, "reduction": "sum"}, ValueError, ["normalizer", "mean", "sum"]),
+    "normalizer with none": ({"normalizer": 4, "reduction": "none"}, ValueError, ["normalizer", "mean", "none"]),
+    "normalizer negative": ({"normalizer": -2.0}, ValueError, ["normalizer", "-2.0"]),
+    "normalizer not a number": ({"normalizer": float("nan")}, ValueError, ["normalizer", "nan"]),
+    "normalizer with a dimension": ({"normalizer": torch.ones(2)}, ValueError, ["normalizer", "2"]),
+    "normalizer text": ({"normalizer": "4"}, TypeError, ["normalizer", "str"]),
+}
+
+STATISTICS = {
+    "output unknown": ({"outputs": ("nll", "perplexity")}, ValueError, ["outputs", "perplexity", "nll", "entropy"]),
+    "no output": ({"outputs": ()}, ValueError, ["outputs", "at least one"]),
+}
+
+
+def refusals(table: dict) -> list:
+    return [pytest.param(*values, id=name) for name, values in table.items()]
+
+
+@pytest.mark.parametrize(("changes", "exception", "fragments"), refusals(HEAD | LOSS))
+def test_loss_refuses(changes, exception, fragments):
+    with pytest.raises(exception) as error:
+        logitless.linear_cross_entropy(**arguments(**changes))
+    assert_names(error, *fragments)
+
+
+@pytest.mark.parametrize(("changes", "exception", "fragments"), refusals(HEAD | STATISTICS))
+def test_statistics_refuse(changes, exception, fragments):
+    with pytest.raises(exception) as error:
+        logitless.token_statistics(**arguments(**changes))
+    assert_names(error, *fragments)
+
+
+CALL_ARGUMENTS = ("input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer")
+
+
+@pytest.mark.parametrize(("changes", "exception", "fragments"), refusals(HEAD | LOSS))
+def test_module_refuses(changes, exception, fragments):
+    """What the function refuses, the module refuses, when it is made or when it is called."""
+    every = arguments(**changes)
+    call = {name: value for name, value in every.items() if name in CALL_ARGUMENTS}
+    options = {name: value for name, value in every.items() if name not in CALL_ARGUMENTS}
+
+    def make_and_call():
+        return logitless.LinearCrossEntropyLoss(**options)(**call)
+
+    with pytest.raises(exception) as error:
+        make_and_call()
+    assert_names(error, *fragments)
+
+
+@pytest.mark.parametrize("function", [logitless.linear_cross_entropy, logitless.token_statistics])
+def test_group_is_not_implemented(function):
+    with pytest.raises(NotImplementedError, match="group"):
+        function(**arguments(group=object()))
+
+
+def test_unknown_option_of_the_module():
+    with pytest.raises(TypeError, match="temperature"):
+        logitless.LinearCrossEntropyLoss(temperature=2.0)
+
+
+def test_valid_arguments_are_valid():
+    """The table above changes a call that is accepted as it stands."""
+    logitless.linear_cross_entropy(**arguments())
+    logitless.token_statistics(**arguments())
+
+
+def test_every_token_out_of_range_but_ignored():
+    """An ``ignore_index`` outside the vocabulary is no target out of range."""
+    loss = logitless.linear_cross_entropy(**arguments(target=torch.full((TOKENS,), 99), ignore_index=99))
+    assert loss == 0
+
+
+@pytest.mark.parametrize("where", ["input", "linear_weight"])
+def test_first_bad_target_of_many(where):
+    """The index is that of the first bad token, whichever strategy would run."""
+    call = arguments(target=torch.tensor([3, -100, 12, 57]))
+    call[where].requires_grad_()
+    with pytest.raises(ValueError, match="target") as error:
+        logitless.linear_cross_entropy(**call)
+    assert_names(error, "12", "2", "11")
+
+
+@pytest.mark.parametrize("text", ["64MiB", "64mib", "64 MiB", "67108864", "0.0625GiB", "67108.864KB", 2**26])
+def test_spellings_of_a_workspace(text):
+    plan = logitless.plan(tokens=64, hidden=8, vocabulary=515, dtype="float32", workspace=text)
+    assert plan.workspace <= 2**26
+
+
+def test_workspace_too_small():
+    call = arguments(input=torch.ones(TOKENS, HIDDEN, requires_grad=True), workspace=1)
+    with pytest.raises(ValueError, match="needs at least") as error:
+        logitless.linear_cross_entropy(**call)
+    assert_names(error, "workspace", "1")
+
+
+PLAN = {
+    "tokens negative": ({"tokens": -1}, ValueError, ["tokens", "-1"]),
+    "tokens a float": ({"tokens": 1.5}, TypeError, ["tokens", "float"]),
+    "hidden zero": ({"hidden": 0}, ValueError, ["hidden", "0"]),
+    "vocabulary zero": ({"vocabulary": 0}, ValueError, ["vocabulary", "0"]),
+    "dtype unknown": ({"dtype": "bfloat17"}, ValueError, ["dtype", "bfloat17"]),
+    "dtype of integers": ({"dtype": torch.int64}, (TypeError, ValueError), ["dtype", "int64"]),
+    "workspace unreadable": ({"workspace": "plenty"}, ValueError, ["workspace", "plenty"]),
+    "workspace too small": ({"workspace": 1}, ValueError, ["workspace", "at least"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "exception", "fragments"), refusals(PLAN))
+def test_plan_refuses(changes, exception, fragments):
+    valid = {"tokens": 64, "hidden": 8, "vocabulary": 515, "dtype": "bfloat16"}
+    logitless.plan(**valid)
+    with pytest.raises(exception) as error:
+        logitless.plan(**{**valid, **changes})
+    assert_names(error, *fragments)
+
+
+SAMPLED = {
+    "threshold zero": ({"threshold": 0.0}, ValueError, ["threshold", "0.0"]),
+    "threshold above one": ({"threshold": 1.5}, ValueError, ["threshold", "1.5"]),
+    "threshold not a number": ({"threshold": float("nan")}, ValueError, ["threshold", "nan"]),
+    "threshold text": ({"threshold": "0.1"}, TypeError, ["threshold", "str"]),
+    "scan unknown": ({"scan": "int3"}, ValueError, ["scan", "int3", "input"]),
+    "generator a seed": ({"generator": 17}, TypeError, ["generator", "int"]),
+}
+
+
+@pytest.mark.parametrize(("options", "exception", "fragments"), refusals(SAMPLED))
+def test_sampled_refuses(options, exception, fragments):
+    with pytest.raises(exception) as error:
+        logitless.Sampled(**options)
+    assert_names(error, *fragments)
+
+
+def force(strategy: str, **options) -> None:
+    with logitless.planning.force_strategy(strategy):
+        logitless.linear_cross_entropy(**arguments(input=torch.ones(4, 8, requires_grad=True), **options))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("chunked", {"reduction": "none"}),
+        ("sampled", {}),
+        ("stored", {"gradient": logitless.Sampled()}),
+        ("loss_only", {}),
+        ("telepathic", {}),
+    ],
+    ids=["chunked without reduction", "sampled without Sampled", "stored with Sampled", "loss_only", "unknown"],
+)
+def test_forced_strategy_that_cannot_serve(strategy, options):
+    with pytest.raises(ValueError, match=strategy):
+        force(strategy, **options, backend="torch")

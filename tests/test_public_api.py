@@ -1,0 +1,242 @@
+"""The surface of the package: its names, its signature, what it imports and which way its modules point."""
+
+from __future__ import annotations
+
+import ast
+import importlib.resources
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import logitless
+
+PACKAGE = Path(logitless.__file__).parent
+
+PUBLIC = [
+    "LinearCrossEntropyLoss",
+    "Plan",
+    "Sampled",
+    "TokenStatistics",
+    "linear_cross_entropy",
+    "plan",
+    "token_statistics",
+]
+
+
+def test_public_names():
+    assert sorted(logitless.__all__) == PUBLIC
+    for name in logitless.__all__:
+        assert hasattr(logitless, name)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_objects_are_documented(name):
+    public = getattr(logitless, name)
+    assert (inspect.getdoc(public) or "").strip()
+    assert not inspect.getdoc(public).startswith(f"{name}("), "the signature dataclass writes is no documentation"
+
+
+@pytest.mark.parametrize("function", [logitless.linear_cross_entropy, logitless.token_statistics, logitless.plan])
+def test_every_argument_is_documented(function):
+    documentation = inspect.getdoc(function)
+    missing = [name for name in inspect.signature(function).parameters if name not in documentation]
+    assert not missing
+
+
+def test_version_is_text():
+    assert logitless.__version__[0].isdigit()
+
+
+def test_signature_begins_with_that_of_pytorch():
+    theirs = inspect.signature(torch.nn.functional.linear_cross_entropy).parameters
+    # `options` is PyTorch's choice of chunks, for which ours are `workspace` and `backend`.
+    shared = [parameter for name, parameter in theirs.items() if name != "options"]
+    ours = list(inspect.signature(logitless.linear_cross_entropy).parameters.values())
+    assert [p.name for p in ours[: len(shared)]] == [p.name for p in shared]
+    assert [p.kind for p in ours[: len(shared)]] == [p.kind for p in shared]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(shared) :])
+
+
+def test_defaults():
+    parameters = inspect.signature(logitless.linear_cross_entropy).parameters
+    assert {name: p.default for name, p in parameters.items() if p.default is not p.empty} == {
+        "linear_bias": None,
+        "weight": None,
+        "reduction": "mean",
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "token_weight": None,
+        "normalizer": None,
+        "z_loss": 0.0,
+        "softcap": None,
+        "logit_scale": 1.0,
+        "gradient": "exact",
+        "workspace": None,
+        "backend": "auto",
+        "group": None,
+    }
+
+
+def test_module_has_the_options_of_the_function():
+    """All that is not a tensor of the call is fixed when the module is made, and nothing else is."""
+    call = {"input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer"}
+    function = inspect.signature(logitless.linear_cross_entropy).parameters
+    logitless.LinearCrossEntropyLoss(**{name: p.default for name, p in function.items() if name not in call})
+    for name in call:
+        with pytest.raises(TypeError, match=name):
+            logitless.LinearCrossEntropyLoss(**{name: None})
+    forward = inspect.signature(logitless.LinearCrossEntropyLoss.forward).parameters
+    assert set(forward) - {"self"} == call
+
+
+def test_types_are_public():
+    assert (importlib.resources.files("logitless") / "py.typed").is_file()
+
+
+def test_frozen_dataclasses():
+    statistics = logitless.token_statistics(torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.int64))
+    for public, field in ((statistics, "nll"), (logitless.Sampled(), "threshold")):
+        with pytest.raises(AttributeError):
+            setattr(public, field, None)
+
+
+def test_module_repr_shows_options():
+    assert "label_smoothing=0.125" in repr(logitless.LinearCrossEntropyLoss(label_smoothing=0.125))
+
+
+# --- imports ----------------------------------------------------------------------------------------------------------
+
+OPTIONAL = ("triton", "transformers", "rich", "matplotlib", "psutil", "mistral_common")
+
+
+def modules_loaded_by(statement: str) -> set[str]:
+    script = f"import sys, torch; before = set(sys.modules)\n{statement}\nprint(*(set(sys.modules) - before))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in run.stdout.split()}
+
+
+def test_import_is_light():
+    """In a fresh process, importing the package loads no optional dependency."""
+    loaded = modules_loaded_by("import logitless")
+    assert "logitless" in loaded
+    assert not loaded & set(OPTIONAL)
+
+
+def test_optional_imports_are_seen():
+    """The check above can fail."""
+    assert "psutil" in modules_loaded_by("import psutil")
+
+
+# Modules in the order of their arrows: each may import from its own rank and from those after it.
+RANKS = (
+    {"cli", "__main__", "demo", "bench"},
+    {"functional", "module"},
+    {"validation", "objective", "planning", "operators"},
+    {"backends", "sampling"},
+    {"options"},
+)
+
+
+def top_of(module: str) -> str:
+    """``logitless.backends.torch`` is part of ``backends``."""
+    return module.split(".")[1]
+
+
+def rank_of(module: str) -> int:
+    return next(rank for rank, names in enumerate(RANKS) if top_of(module) in names)
+
+
+def imports_of(module: str, source: str, is_package: bool) -> Iterator[str]:
+    """Absolute names of all that a source imports, in functions too; ``a.b`` for ``from a import b``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            parts = parts[: len(parts) - node.level + is_package] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def violations(sources: dict[str, str], packages: frozenset[str] = frozenset()) -> list[str]:
+    """Imports against the arrows, in sources by module name."""
+    found = []
+    for module, source in sources.items():
+        if module == "logitless":
+            continue
+        for imported in imports_of(module, source, module in packages):
+            if wrong := wrong_import(module, imported):
+                found.append(f"{module} imports {imported}: {wrong}")
+    return found
+
+
+def wrong_import(module: str, imported: str) -> str | None:
+    in_backends = module.startswith("logitless.backends.")
+    if in_backends and imported.startswith("torch.distributed"):
+        return "a backend knows nothing of ranks"
+    if imported == "logitless" or not imported.startswith("logitless."):
+        return "the package itself" if imported == "logitless" and rank_of(module) > 0 else None
+    if rank_of(module) == 0 and top_of(imported) in PUBLIC:
+        return None
+    if rank_of(imported) < rank_of(module):
+        return "against the arrows"
+    if in_backends and imported.startswith("logitless.backends."):
+        own, other = module.split(".")[2], imported.split(".")[2]
+        if own != "contract" and other not in (own, "contract"):
+            return "backends know nothing of one another"
+    return None
+
+
+def package_sources() -> tuple[dict[str, str], frozenset[str]]:
+    sources, packages = {}, set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ("logitless", *path.relative_to(PACKAGE).with_suffix("").parts)
+        name = ".".join(part for part in parts if part != "__init__")
+        if path.name == "__init__.py":
+            packages.add(name)
+        sources[name] = path.read_text()
+    return sources, frozenset(packages)
+
+
+def test_import_arrows():
+    sources, packages = package_sources()
+    assert len(sources) > 5
+    assert not violations(sources, packages)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("logitless.backends.torch", "from logitless.backends.reference import forward"),
+        ("logitless.backends.torch", "from . import reference"),
+        ("logitless.backends.torch.chunked", "from ..reference import forward"),
+        ("logitless.backends.torch", "def later():\n    from logitless.functional import linear_cross_entropy"),
+        ("logitless.backends.reference", "import torch.distributed as dist"),
+        ("logitless.backends.reference", "from torch import distributed"),
+        ("logitless.options", "from logitless.validation import check"),
+        ("logitless.planning", "from .functional import linear_cross_entropy"),
+        ("logitless.operators", "import logitless"),
+        ("logitless.functional", "import logitless.cli"),
+    ],
+)
+def test_import_against_the_arrows_is_found(module, source):
+    assert len(violations({module: source})) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("logitless.functional", "from logitless.options import Sampled"),
+        ("logitless.operators", "from logitless.backends import contract"),
+        ("logitless.backends.torch", "from .contract import Statistics\nimport torch"),
+        ("logitless.backends.torch.chunked", "from . import windowed"),
+        ("logitless.cli", "import logitless\nfrom logitless import plan"),
+    ],
+)
+def test_import_along_the_arrows_is_allowed(module, source):
+    assert not violations({module: source})
