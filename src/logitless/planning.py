@@ -17,15 +17,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from logitless import backends, validation
-from logitless.backends.contract import Schedule, Shape, Strategy
+from logitless.backends.contract import Schedule, Shape, Strategy, lodging_spacing
 from logitless.options import BLOCK, Sampled
 from logitless.sampling import block_count
 
 MEBIBYTE = 1 << 20
 LEAST_DEFAULT_BUDGET = 64 * MEBIBYTE
 
-# Logits, log-softmax and the gradient of the logits: what autograd holds at once in the two-stage pipeline.
-TWO_STAGE_TENSORS = 3
+# Tensors of the logits' size that autograd holds at once in the two-stage pipeline: logits or their gradient,
+# log-softmax and its gradient; measured: 3.0 in fp32, 3.5 in bf16 on the CPU. Without a gradient, the first two.
+TWO_STAGE_TENSORS = 3.0
+TWO_STAGE_TENSORS_NARROW = 3.5
+TWO_STAGE_TENSORS_FORWARD = 2.0
 
 # Tile sizes in order of preference. Products of fewer rows or columns than the first few lose speed: at D=768 on two
 # cores, chunks of 128 rows take 1.6 times as long as 512 in fp32, windows of 512 columns 1.1 times as long as 2048.
@@ -35,7 +38,7 @@ WINDOWS = (8192, 4096, 2048, 1024, 512, 256)
 SMALL_WINDOWS = (128, 64, 32)
 TILE_ROWS = (2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 # What the thirty or so small operations on a window cost, in columns of one product.
-WINDOW_OVERHEAD = 64
+WINDOW_OVERHEAD = 256
 
 STRATEGIES: dict[Strategy, str] = {
     "loss_only": "no gradient is wanted",
@@ -77,8 +80,9 @@ class Plan:
 
     def __str__(self) -> str:
         tile = f"tiles of {self.schedule.rows} tokens x {self.schedule.window} vocabulary entries"
-        if self.schedule.kept_windows and self.strategy == "windowed":
-            tile += f", logits of {self.schedule.kept_windows} windows kept"
+        kept = self.schedule.kept_windows + self.schedule.lodged_windows
+        if kept and self.strategy == "windowed":
+            tile += f", logits of {kept} windows kept"
         return (
             f"{self.strategy} on backend {self.backend!r}: {self.reason}; {tile}.\n"
             f"  workspace {format_bytes(self.workspace)} of {format_bytes(self.budget)} allowed, gradients "
@@ -177,8 +181,11 @@ def default_budget(shape: Shape) -> int:
 
 def two_stage_bytes(shape: Shape) -> int:
     """Bytes of the [tokens, vocabulary] tensors that the two-stage pipeline holds at once."""
-    tensors = TWO_STAGE_TENSORS if shape.any_gradient else TWO_STAGE_TENSORS - 1
-    return tensors * shape.tokens * shape.vocabulary * shape.compute_dtype.itemsize
+    item = shape.compute_dtype.itemsize
+    tensors = TWO_STAGE_TENSORS_NARROW if item == 2 else TWO_STAGE_TENSORS
+    if not shape.any_gradient:
+        tensors = TWO_STAGE_TENSORS_FORWARD
+    return int(tensors * shape.tokens * shape.vocabulary * item)
 
 
 def choose(shape: Shape, backend: str, scalar: bool, workspace: int | None) -> Plan:
@@ -301,20 +308,34 @@ def _refine(schedule: Schedule, candidates: list[Schedule], shape: Shape, fits: 
         return replace(schedule, backward_window=window)
     if schedule.strategy != "windowed" or _needs_whole_rows(shape):
         return schedule
-    kept = [_keep_windows(c, shape, fits) for c in candidates if c.strategy == "windowed" and fits(c)]
+    windowed = (_lodge_windows(c, shape) for c in candidates if c.strategy == "windowed")
+    kept = [_keep_windows(candidate, shape, fits) for candidate in windowed if fits(candidate)]
     return min(kept, key=lambda c: _windowed_work(c, shape), default=schedule)
+
+
+def _lodge_windows(schedule: Schedule, shape: Shape) -> Schedule:
+    """Keep the first windows' logits in the weight gradient's buffer, as many as fit from its second window on."""
+    item, weight_item = shape.product_dtype.itemsize, shape.weight_dtype.itemsize
+    if not shape.weight_gradient or item > weight_item:
+        return schedule
+    window = schedule.window
+    elements = max(0, shape.vocabulary - window) * shape.hidden * weight_item // item
+    spacing, tile = lodging_spacing(shape, window), window * shape.tokens
+    lodged = 0 if elements < tile else 1 + (elements - tile) // max(1, spacing)
+    return replace(schedule, lodged_windows=min(lodged, shape.vocabulary // window))
 
 
 def _keep_windows(schedule: Schedule, shape: Shape, fits: Callable[[Schedule], bool]) -> Schedule:
     windows = math.ceil(shape.vocabulary / schedule.window)
-    options = (replace(schedule, kept_windows=count) for count in range(windows - 1, 0, -1))
+    options = (replace(schedule, kept_windows=count) for count in range(windows - schedule.lodged_windows, 0, -1))
     return next((option for option in options if fits(option)), schedule)
 
 
 def _windowed_work(schedule: Schedule, shape: Shape) -> float:
-    """Work of a windowed schedule in columns of one product: eight halves a column, two fewer where it is kept."""
+    """Work of a windowed schedule in columns of one product: four a column, one fewer where its logits are kept."""
     windows = math.ceil(shape.vocabulary / schedule.window)
-    return 4 * shape.vocabulary - schedule.kept_windows * schedule.window + windows * WINDOW_OVERHEAD
+    kept = min((schedule.kept_windows + schedule.lodged_windows) * schedule.window, shape.vocabulary)
+    return 4 * shape.vocabulary - kept + windows * WINDOW_OVERHEAD
 
 
 @dataclass(frozen=True)
@@ -363,7 +384,9 @@ def _forced_schedule(forced: _Forced, shape: Shape, scalar: bool) -> Schedule:
         return Schedule("chunked", rows, vocabulary, backward_window=window)
     if strategy == "windowed":
         narrow = min(forced.window or vocabulary, vocabulary)
-        return Schedule("windowed", rows if _needs_whole_rows(shape) else tokens, window, backward_window=narrow)
+        if _needs_whole_rows(shape):
+            return Schedule("windowed", rows, window, backward_window=narrow)
+        return _lodge_windows(Schedule("windowed", tokens, window, backward_window=narrow), shape)
     if strategy == "sampled":
         window = min(block_count(window) * BLOCK, vocabulary)
     return Schedule(strategy, rows, window)

@@ -76,6 +76,16 @@ class Shape:
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
     @property
+    def product_dtype(self) -> torch.dtype:
+        """Dtype of the products' operands and results.
+
+        It is the compute dtype but for fp16 on the CPU, whose library products take a hundred times as long as in fp32.
+        """
+        if self.compute_dtype == torch.float16 and self.device_type == "cpu":
+            return torch.float32
+        return self.compute_dtype
+
+    @property
     def any_gradient(self) -> bool:
         """Whether any gradient is wanted."""
         return self.hidden_gradient or self.weight_gradient or self.bias_gradient
@@ -90,6 +100,7 @@ class Schedule:
         rows: rows of the hidden states in one tile of the forward pass.
         window: vocabulary columns in one tile of the forward pass.
         kept_windows: how many of the last windows' logits the forward pass keeps for the backward pass.
+        lodged_windows: how many of the first windows' logits it keeps in memory that the weight gradient will fill.
         backward_window: vocabulary columns in one tile of a backward pass that recomputes.
     """
 
@@ -97,7 +108,14 @@ class Schedule:
     rows: int
     window: int
     kept_windows: int = 0
+    lodged_windows: int = 0
     backward_window: int = 0
+
+
+def lodging_spacing(shape: Shape, window: int) -> int:
+    """Elements, in the product dtype, from one window's logits to the next in the weight gradient's buffer."""
+    slice_elements = window * shape.hidden * shape.weight_dtype.itemsize // shape.product_dtype.itemsize
+    return max(window * shape.tokens, slice_elements)
 
 
 @dataclass(frozen=True)
@@ -146,6 +164,8 @@ class Residuals:
 
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     """First column of a window -> its raw products [N, window], to be overwritten by their gradient."""
+    weight_gradient: torch.Tensor | None = None
+    """[V, D] the buffer of the weight gradient, where it holds some of these products until it is written."""
     pairs: Pairs | None = None
 
 

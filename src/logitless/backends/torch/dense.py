@@ -9,39 +9,61 @@ and once at the end would cost up to 1.4 times the error of one product.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Statistics
+from logitless.backends.contract import (
+    Coefficients,
+    Gradients,
+    Problem,
+    Residuals,
+    Schedule,
+    Statistics,
+    lodging_spacing,
+)
 from logitless.backends.torch.running import RunningStatistics
-from logitless.backends.torch.tiles import Projection, RowValues, slices
+from logitless.backends.torch.tiles import Projection, RowValues, TargetIndex, slices
 
 # Rows, or vocabulary columns, of a partial product that is rounded to a narrow dtype before it is added up in fp32.
 PARTIAL = 4096
 
 
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
-    """Statistics, tile by tile; the last ``kept_windows`` windows' products stay for the backward pass."""
+    """Statistics, tile by tile; the products of some windows stay for the backward pass.
+
+    The last ``kept_windows`` have memory of their own. The first ``lodged_windows`` lie in the buffer of the weight
+    gradient, each at least one window of rows behind the one before, from the second window of rows on: when the
+    backward pass writes the rows of a window, only products of windows before it have been there.
+    """
     shape = problem.shape
     projection = Projection(problem, schedule.window)
     windows = list(slices(shape.vocabulary, schedule.window))
     kept_from = len(windows) - schedule.kept_windows
-    buffer = projection.buffer(schedule.rows * schedule.window if kept_from > 0 else 0)
-    kept: dict[int, torch.Tensor] = {}
+    buffer = projection.buffer(schedule.rows * schedule.window if kept_from > schedule.lodged_windows else 0)
+    residuals = Residuals()
+    lodging, spacing = buffer, 0
+    if schedule.lodged_windows:
+        residuals.weight_gradient = new_weight_gradient(problem)
+        lodging = residuals.weight_gradient[schedule.window :].view(-1).view(projection.dtype)
+        spacing = lodging_spacing(shape, schedule.window)
     parts = []
     for rows in slices(shape.tokens, schedule.rows):
         running, hidden = RunningStatistics(problem, rows), projection.hidden[rows]
         for index, columns in enumerate(windows):
-            if index >= kept_from:
-                own = projection.buffer(hidden.shape[0] * (columns.stop - columns.start))
-                raw = kept[columns.start] = projection.multiply(hidden, columns, own)
+            elements = hidden.shape[0] * (columns.stop - columns.start)
+            if index < schedule.lodged_windows:
+                place = lodging[index * spacing :]
+            elif index >= kept_from:
+                place = projection.buffer(elements)
             else:
-                raw = projection.multiply(hidden, columns, buffer)
+                place = buffer
+            raw = projection.multiply(hidden, columns, place)
+            if place is not buffer:
+                residuals.logits[columns.start] = raw
             running.add(raw, columns, projection)
         parts.append(running.finish())
-    statistics = concatenate(parts, problem)
-    statistics.residuals.logits.update(kept)
-    return statistics
+    return replace(concatenate(parts, problem), residuals=residuals)
 
 
 def concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
@@ -73,29 +95,41 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
 
     The window's slice of the weight gradient is written once; the hidden gradient is added up in fp32.
     """
-    shape = problem.shape
+    shape, residuals = problem.shape, statistics.residuals
     projection = Projection(problem, schedule.backward_window)
-    rows = RowValues(statistics.logsumexp, problem.target, coefficients)
-    entries = torch.zeros_like(statistics.logsumexp)
+    rows = RowValues(statistics.logsumexp, problem.target, statistics.target_logit, coefficients)
+    entries, index = (
+        projection.target_entries(rows),
+        TargetIndex(problem.target, schedule.backward_window, shape.vocabulary),
+    )
     gradients = new_gradients(projection)
+    if shape.weight_gradient:
+        gradients.weight = (
+            new_weight_gradient(problem) if residuals.weight_gradient is None else residuals.weight_gradient
+        )
+        residuals.weight_gradient = None
     hidden_adder = PartialSum(projection, shape.tokens)
     weight_writer = PartialSum(projection, min(schedule.backward_window, shape.vocabulary))
     buffer = None
     for columns in slices(shape.vocabulary, schedule.backward_window):
-        raw = statistics.residuals.logits.pop(columns.start, None)
+        raw = residuals.logits.pop(columns.start, None)
         if raw is None:
             if buffer is None:
                 buffer = projection.buffer(shape.tokens * schedule.backward_window)
             raw = projection.multiply(projection.hidden, columns, buffer)
-        projection.softmax_gradient_(raw, columns, rows, entries, gradients.bias)
+        projection.softmax_gradient_(raw, columns, rows, gradients.bias)
+        hit, local = index.within(columns)
         if gradients.hidden is not None:
+            raw[hit, local] = 0
             hidden_adder.add(gradients.hidden, raw, projection.weight(columns))
         if gradients.weight is not None:
-            projection.restore_targets_(raw, columns, problem.target, entries)
+            raw[hit, local] = entries[hit].to(raw.dtype)
             weight_writer.write(gradients.weight[columns], raw.T, projection.hidden)
         del raw
     if gradients.hidden is not None:
         add_target_rows(gradients.hidden, problem, problem.target, entries)
+    if gradients.bias is not None:
+        projection.add_one_hot_to_bias(gradients.bias, rows)
     return gradients
 
 
@@ -112,10 +146,9 @@ def forward_with_gradients(
     weight_windows = list(slices(shape.vocabulary, PARTIAL)) if narrow else [everything]
 
     buffer = projection.buffer(schedule.rows * shape.vocabulary)
-    entries = torch.zeros(schedule.rows, dtype=projection.statistics_dtype, device=buffer.device)
-    gradients = new_gradients(projection, weight_dtype=projection.statistics_dtype)
-    if gradients.weight is not None:
-        gradients.weight.zero_()
+    gradients = new_gradients(projection)
+    if shape.weight_gradient:
+        gradients.weight = new_accumulator(projection, shape.vocabulary)
     hidden_adder = PartialSum(projection, schedule.rows)
     weight_adder = PartialSum(projection, min(PARTIAL, shape.vocabulary))
     parts = []
@@ -128,18 +161,21 @@ def forward_with_gradients(
         running.add(raw, everything, projection)
         part = running.finish()
         parts.append(part)
-        chunk_entries = entries[: hidden.shape[0]]
-        values = RowValues(part.logsumexp, target, coefficients_of(part, rows))
-        projection.softmax_gradient_(raw, everything, values, chunk_entries, gradients.bias)
+        values = RowValues(part.logsumexp, target, part.target_logit, coefficients_of(part, rows))
+        entries = projection.target_entries(values)
+        projection.softmax_gradient_(raw, everything, values, gradients.bias)
+        raw.scatter_(1, target[:, None], 0)
         if gradients.hidden is not None:
             for columns in windows:
                 hidden_adder.add(gradients.hidden[rows], raw[:, columns], projection.weight(columns))
-            add_target_rows(gradients.hidden[rows], problem, target, chunk_entries)
+            add_target_rows(gradients.hidden[rows], problem, target, entries)
         if gradients.weight is not None:
             for columns in weight_windows:
                 weight_adder.add(gradients.weight[columns], raw[:, columns].T, hidden)
             for some in slices(hidden.shape[0], TARGET_ROWS):
-                gradients.weight.index_add_(0, target[some], hidden[some] * chunk_entries[some, None])
+                gradients.weight.index_add_(0, target[some], hidden[some] * entries[some, None])
+        if gradients.bias is not None:
+            projection.add_one_hot_to_bias(gradients.bias, values)
     return concatenate(parts, problem), gradients
 
 
@@ -178,20 +214,25 @@ def new_accumulator(projection: Projection, rows: int) -> torch.Tensor:
     )
 
 
-def new_gradients(projection: Projection, weight_dtype: torch.dtype | None = None) -> Gradients:
-    """The wanted gradients: zeros in the statistics dtype, but the weight's unwritten, by default in its own dtype."""
-    shape, weight = projection.problem.shape, projection.problem.weight
-    dtype = weight_dtype or weight.dtype
-    bias = torch.zeros(shape.vocabulary, dtype=projection.statistics_dtype, device=weight.device)
+def new_gradients(projection: Projection) -> Gradients:
+    """Zeros in the statistics dtype for hidden states and bias, where wanted; the weight's differs by strategy."""
+    shape, device = projection.problem.shape, projection.hidden.device
+    bias = torch.zeros(shape.vocabulary, dtype=projection.statistics_dtype, device=device)
     return Gradients(
         hidden=new_accumulator(projection, shape.tokens) if shape.hidden_gradient else None,
-        weight=torch.empty(weight.shape, dtype=dtype, device=weight.device) if shape.weight_gradient else None,
+        weight=None,
         bias=bias if shape.bias_gradient else None,
     )
 
 
+def new_weight_gradient(problem: Problem) -> torch.Tensor:
+    """[V, D] unwritten, in the weight's dtype."""
+    weight = problem.weight
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
 # Rows of the weight gathered at a time: enough to fill the machine, few enough to be small beside a tile.
-TARGET_ROWS = 512
+TARGET_ROWS = 256
 
 
 def add_target_rows(

@@ -11,7 +11,7 @@ import math
 from logitless.backends.contract import Schedule, Shape
 from logitless.backends.torch.dense import PARTIAL, TARGET_ROWS
 from logitless.backends.torch.sampled import GROUP_ROWS
-from logitless.backends.torch.tiles import product_dtype, scratch_elements
+from logitless.backends.torch.tiles import scratch_elements
 from logitless.options import BLOCK
 from logitless.sampling import block_count, kept_pairs_bound
 
@@ -43,8 +43,8 @@ def _hidden_copies(shape: Shape) -> int:
     total = 0
     if shape.compacted:
         total += elements * shape.hidden_dtype.itemsize * (2 if shape.hidden_gradient else 1)
-    if product_dtype(shape) != shape.hidden_dtype:
-        total += elements * product_dtype(shape).itemsize
+    if shape.product_dtype != shape.hidden_dtype:
+        total += elements * shape.product_dtype.itemsize
     return total
 
 
@@ -59,13 +59,13 @@ def _scratch(shape: Shape, rows: int, columns: int, *, gradient: bool) -> int:
 
 def _weight_copy(shape: Shape, columns: int) -> int:
     """A window of the weight in the product dtype."""
-    if product_dtype(shape) == shape.weight_dtype and not shape.weight_strided:
+    if shape.product_dtype == shape.weight_dtype and not shape.weight_strided:
         return 0
-    return columns * shape.hidden * product_dtype(shape).itemsize
+    return columns * shape.hidden * shape.product_dtype.itemsize
 
 
 def _narrow(shape: Shape) -> bool:
-    return product_dtype(shape) != shape.statistics_dtype
+    return shape.product_dtype != shape.statistics_dtype
 
 
 def _hidden_accumulator(shape: Shape) -> int:
@@ -83,23 +83,25 @@ def _dense_forward(shape: Shape, schedule: Schedule) -> int:
     rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
     windows = math.ceil(shape.vocabulary / schedule.window)
     kept = min(shape.vocabulary, schedule.kept_windows * schedule.window)
-    elements = shape.tokens * kept + (rows * window if schedule.kept_windows < windows else 0)
+    recomputed = windows - schedule.kept_windows - schedule.lodged_windows
+    elements = shape.tokens * kept + (rows * window if recomputed > 0 else 0)
     return (
-        elements * product_dtype(shape).itemsize
+        elements * shape.product_dtype.itemsize
         + _scratch(shape, rows, window, gradient=False)
         + _weight_copy(shape, window)
     )
 
 
 def _dense_backward(shape: Shape, schedule: Schedule) -> int:
-    item = product_dtype(shape).itemsize
+    item = shape.product_dtype.itemsize
     window = min(schedule.backward_window, shape.vocabulary)
     windows = math.ceil(shape.vocabulary / schedule.backward_window)
     kept = min(shape.vocabulary, schedule.kept_windows * schedule.backward_window)
-    raw = shape.tokens * (kept + (window if schedule.kept_windows < windows else 0)) * item
+    recomputed = windows - schedule.kept_windows - schedule.lodged_windows
+    raw = shape.tokens * (kept + (window if recomputed > 0 else 0)) * item
     hidden_partial = shape.tokens * shape.hidden * item if shape.hidden_gradient and _narrow(shape) else 0
     weight_partial = 0
-    if shape.weight_gradient and shape.weight_dtype != product_dtype(shape):
+    if shape.weight_gradient and shape.weight_dtype != shape.product_dtype:
         weight_partial = window * shape.hidden * item
     return (
         raw
@@ -113,7 +115,7 @@ def _dense_backward(shape: Shape, schedule: Schedule) -> int:
 
 
 def _chunked(shape: Shape, schedule: Schedule) -> int:
-    rows, item = min(schedule.rows, shape.tokens), product_dtype(shape).itemsize
+    rows, item = min(schedule.rows, shape.tokens), shape.product_dtype.itemsize
     total = rows * shape.vocabulary * item
     total += _scratch(shape, rows, shape.vocabulary, gradient=True)
     total += _weight_copy(shape, min(PARTIAL, shape.vocabulary))
@@ -127,9 +129,9 @@ def _chunked(shape: Shape, schedule: Schedule) -> int:
 
 
 def _pairs(shape: Shape) -> int:
-    """Row, weight and index of each kept pair, while they are put in order."""
+    """Row, weight and index of each kept pair, while they are put in order; then the values of its row."""
     assert shape.threshold is not None
-    return kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold) * 40
+    return kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold) * 120
 
 
 def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
@@ -137,7 +139,7 @@ def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
     # The table of block masses and the float64 sums, masks and indices of the selection.
     table = rows * block_count(shape.vocabulary) * 56
     return (
-        rows * window * product_dtype(shape).itemsize
+        rows * window * shape.product_dtype.itemsize
         + _scratch(shape, rows, window, gradient=False)
         + _weight_copy(shape, window)
         + table
@@ -147,14 +149,14 @@ def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
 
 def _sampled_backward(shape: Shape) -> int:
     group, width = min(GROUP_ROWS, max(1, shape.tokens)), shape.statistics_dtype.itemsize
-    group_rows = group * shape.hidden * (2 * product_dtype(shape).itemsize + width)
+    group_rows = GROUP_ROWS * shape.hidden * (2 * shape.product_dtype.itemsize + width)
     rank_one = (PARTIAL + BLOCK) * shape.hidden * width
     return (
         _pairs(shape)
-        + GROUP_ROWS * BLOCK * product_dtype(shape).itemsize
+        + GROUP_ROWS * BLOCK * shape.product_dtype.itemsize
         + _scratch(shape, group, BLOCK, gradient=True)
         + _weight_copy(shape, BLOCK)
-        + BLOCK * shape.hidden * (width + product_dtype(shape).itemsize)
+        + BLOCK * shape.hidden * (width + shape.product_dtype.itemsize)
         + _hidden_accumulator(shape)
         + max(group_rows, rank_one)
         + _target_rows(shape)

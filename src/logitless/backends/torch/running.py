@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from logitless.backends.contract import Problem, Statistics
-from logitless.backends.torch.tiles import LOWEST_LOGIT, Projection
+from logitless.backends.torch.tiles import LOWEST_LOGIT, Projection, TargetIndex, slices
 from logitless.options import BLOCK
 from logitless.sampling import block_count, block_sums
 
@@ -36,6 +36,7 @@ class RunningStatistics:
         self._prediction = integers() if "prediction" in wanted else None
         self._rank = integers() if "target_rank" in wanted else None
         self._vocabulary = shape.vocabulary
+        self._index: TargetIndex | None = None
         self.blocks: torch.Tensor | None = None
         """[R, B] log-sum-exp of each vocabulary block, where the gradient is sampled."""
         if shape.threshold is not None and shape.any_gradient:
@@ -43,21 +44,20 @@ class RunningStatistics:
             self.blocks = torch.empty(table, dtype=shape.statistics_dtype, device=device)
 
     def add(self, raw: torch.Tensor, columns: slice, projection: Projection) -> None:
-        """Take in a tile of raw products [R, U], which stays as it is."""
-        rows_at_a_time = projection.scratch.rows(raw.shape[1])
-        for start in range(0, raw.shape[0], rows_at_a_time):
-            rows = slice(start, min(start + rows_at_a_time, raw.shape[0]))
+        """Take in a tile of raw products [R, U], which stays as it is; windows come in order, all of one width."""
+        if self._index is None:
+            self._index = TargetIndex(self._target, raw.shape[1], self._vocabulary)
+        hit, local = self._index.within(columns)
+        self._target_logit[hit] = projection.target_logits(raw[hit, local], self._target[hit])
+        for rows in slices(raw.shape[0], projection.scratch.rows(raw.shape[1])):
             z = projection.scratch.take("z", rows.stop - rows.start, raw.shape[1]).copy_(raw[rows])
             self._add_piece(projection.logits_(z, columns), rows, columns, projection)
 
     def _add_piece(self, z: torch.Tensor, rows: slice, columns: slice, projection: Projection) -> None:
         """Take in logits [R, U], which are used up."""
-        local, inside = projection.locate(self._target[rows], columns)
-        at_target = z.gather(1, local)
-        self._target_logit[rows] = torch.where(inside, at_target, self._target_logit[rows, None])[:, 0]
         if self._rank is not None:
             assert z.shape[1] == self._vocabulary, "a rank needs the whole row"
-            self._rank[rows] = (z > at_target).sum(1)
+            self._rank[rows] = (z > z.gather(1, self._target[rows, None])).sum(1)
         if self._smooth is not None:
             smoothing = projection.smoothing(columns)
             assert smoothing is not None
@@ -77,20 +77,28 @@ class RunningStatistics:
         shift = torch.where(empty, 0, old - reference)
         decay = torch.where(empty, 0, shift.exp())
 
-        z.sub_(reference[:, None])
-        if self._weighted is not None:
-            y = projection.scratch.take("y", *z.shape).copy_(z).clamp_min_(LOWEST_LOGIT)
-            weighted = y.mul_(z.exp_()).sum(1)
-            self._weighted[rows] = decay * (self._weighted[rows] + shift * self._sum[rows]) + weighted
+        # ``z`` becomes exponentials; ``unit`` is the log of what one of them stands for.
+        unit, factor = reference, None
+        if self._weighted is None and projection.fused_softmax:
+            peak, total = projection.softmax_(z)
+            factor = total.mul_((peak - reference).exp_())
+            unit = reference + factor.log()
         else:
-            z.exp_()
-        if self.blocks is None:
-            total = z.sum(1)
-        else:
+            z.sub_(reference[:, None])
+            if self._weighted is not None:
+                y = projection.scratch.take("y", z.shape[0], z.shape[1]).copy_(z).clamp_min_(LOWEST_LOGIT)
+                weighted = y.mul_(z.exp_()).sum(1)
+                self._weighted[rows] = decay * (self._weighted[rows] + shift * self._sum[rows]) + weighted
+            else:
+                z.exp_()
+        if self.blocks is not None:
             sums = block_sums(z)
-            total = sums.sum(1)
             first_block = columns.start // BLOCK
-            self.blocks[rows, first_block : first_block + sums.shape[1]] = sums.log_().add_(reference[:, None])
+            total = sums.sum(1)
+            self.blocks[rows, first_block : first_block + sums.shape[1]] = sums.log_().add_(unit[:, None])
+        else:
+            total = z.sum(1) if factor is None else 1
+        total = total if factor is None else total * factor
         self._sum[rows] = decay * self._sum[rows] + total
         self._maximum[rows] = maximum
 

@@ -1,0 +1,83 @@
+"""Named problems: the shapes of real models, with random inputs or with those of a trained model.
+
+N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from logitless.bench.trained import load_trained_head, widen
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem by name.
+
+    Attributes:
+        name: how the command line and the reports call it.
+        tokens: N.
+        hidden: D.
+        vocabulary: V; that of the trained head where ``trained``.
+        trained: whether inputs come from a trained model, so that the softmax is a real one.
+        description: what it stands for.
+    """
+
+    name: str
+    tokens: int
+    hidden: int
+    vocabulary: int
+    trained: bool
+    description: str
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("gpt2", 2048, 768, 50304, False, "GPT-2 small's head, random inputs"),
+        Case("tekken", 1024, 512, 131072, False, "a small model under a 131,072-token tokenizer, random inputs"),
+        Case("smollm2", 2048, 768, 49152, True, "SmolLM2-135M's trained head on real text, widened to D=768"),
+        Case("smollm2-narrow", 1024, 576, 49152, True, "SmolLM2-135M's trained head on real text, at its own width"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of one case.
+
+    Attributes:
+        hidden: [N, D].
+        weight: [V, D].
+        target: [N] int64.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    target: torch.Tensor
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int, trained_head: Path | None) -> Inputs:
+    """Fresh inputs of a case.
+
+    Raises:
+        ValueError: the case needs a trained head and none was given, or it is too narrow or has too few rows.
+    """
+    if not case.trained:
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(case.tokens, case.hidden, generator=generator)
+        weight = torch.randn(case.vocabulary, case.hidden, generator=generator) / case.hidden**0.5
+        target = torch.randint(0, case.vocabulary, (case.tokens,), generator=generator)
+    else:
+        if trained_head is None:
+            raise ValueError(f"case {case.name!r} needs the file of a trained head; give it with --trained-head FILE")
+        head = load_trained_head(trained_head)
+        if head.hidden.shape[0] < case.tokens:
+            raise ValueError(f"case {case.name!r} needs {case.tokens} rows, {trained_head} has {head.hidden.shape[0]}")
+        rows = slice(0, case.tokens)
+        hidden, weight = widen(head.hidden[rows], head.weight, case.hidden)
+        target = head.target[rows]
+    return Inputs(hidden.to(device, dtype), weight.to(device, dtype), target.to(device))

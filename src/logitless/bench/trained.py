@@ -1,0 +1,71 @@
+"""A trained model's last hidden states and head, from a file.
+
+The file is what ``torch.save`` writes of a dictionary with ``hidden`` [N, d], ``labels`` [N], and the head either as
+``weight`` [V, d] or as ``q8`` [V, d / 32 * 34], the bytes of the Q8_0 format: for each 32 weights an fp16 scale and 32
+signed bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Q8_GROUP = 32
+Q8_BYTES = 2 + Q8_GROUP
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """Attributes: hidden [N, d] fp32, weight [V, d] fp32, target [N] int64."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    target: torch.Tensor
+
+
+def load_trained_head(path: Path) -> TrainedHead:
+    """Read the file.
+
+    Raises:
+        ValueError: there is no such file, or it does not hold what it should.
+    """
+    if not path.is_file():
+        raise ValueError(f"trained head: no file {path}")
+    content = torch.load(path, weights_only=True)
+    if (
+        not isinstance(content, dict)
+        or not {"hidden", "labels"} <= content.keys()
+        or not {"weight", "q8"} & content.keys()
+    ):
+        raise ValueError(f"trained head: {path} must hold 'hidden', 'labels', and 'weight' or 'q8'")
+    weight = content["weight"].float() if "weight" in content else dequantise_q8(content["q8"])
+    return TrainedHead(content["hidden"].float(), weight, content["labels"].long())
+
+
+def dequantise_q8(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [V, d / 32 * 34] -> fp32 [V, d]."""
+    groups = packed.unflatten(1, (-1, Q8_BYTES))
+    scale = groups[..., :2].contiguous().view(torch.float16).float()
+    return (groups[..., 2:].contiguous().view(torch.int8).float() * scale).flatten(1)
+
+
+def widen(
+    hidden: torch.Tensor,  # [N, d]
+    weight: torch.Tensor,  # [V, d]
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same logits at a larger hidden size: both operands times one [d, width] matrix of orthonormal rows.
+
+    Raises:
+        ValueError: ``width`` is below d.
+    """
+    narrow = hidden.shape[1]
+    if width < narrow:
+        raise ValueError(f"width must be at least the head's own, {narrow}, got {width}")
+    if width == narrow:
+        return hidden, weight
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(width, narrow, generator=generator)).Q.T
+    return hidden @ rotation, weight @ rotation
