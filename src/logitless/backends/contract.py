@@ -164,6 +164,8 @@ class Residuals:
 
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     """First column of a window -> its raw products [N, window], to be overwritten by their gradient."""
+    window_logsumexp: dict[int, torch.Tensor] = field(default_factory=dict)
+    """First column of a window -> [N] log-sum-exp of the row's logits within it, where that saves a pass."""
     weight_gradient: torch.Tensor | None = None
     """[V, D] the buffer of the weight gradient, where it holds some of these products until it is written."""
     pairs: Pairs | None = None

@@ -47,6 +47,12 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         residuals.weight_gradient = new_weight_gradient(problem)
         lodging = residuals.weight_gradient[schedule.window :].view(-1).view(projection.dtype)
         spacing = lodging_spacing(shape, schedule.window)
+    reusable = (
+        projection.fused_softmax
+        and not shape.statistics & {"mean_logit", "prediction"}
+        and schedule.rows >= shape.tokens
+        and schedule.window == schedule.backward_window
+    )
     parts = []
     for rows in slices(shape.tokens, schedule.rows):
         running, hidden = RunningStatistics(problem, rows), projection.hidden[rows]
@@ -62,6 +68,9 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
             if place is not buffer:
                 residuals.logits[columns.start] = raw
             running.add(raw, columns, projection)
+            if reusable:
+                residuals.window_logsumexp[columns.start] = running.window_logsumexp
+                running.new_window()
         parts.append(running.finish())
     return replace(concatenate(parts, problem), residuals=residuals)
 
@@ -117,7 +126,8 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
             if buffer is None:
                 buffer = projection.buffer(shape.tokens * schedule.backward_window)
             raw = projection.multiply(projection.hidden, columns, buffer)
-        projection.softmax_gradient_(raw, columns, rows, gradients.bias)
+        here = replace(rows, window_logsumexp=residuals.window_logsumexp.get(columns.start))
+        projection.softmax_gradient_(raw, columns, here, gradients.bias)
         hit, local = index.within(columns)
         if gradients.hidden is not None:
             raw[hit, local] = 0

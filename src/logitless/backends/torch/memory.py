@@ -23,7 +23,8 @@ SLACK = 1 << 14
 
 def workspace(shape: Shape, schedule: Schedule) -> int:
     """Upper bound of the bytes held under a schedule."""
-    fixed = _hidden_copies(shape) + VECTORS * 8 * shape.tokens + SLACK
+    vectors = VECTORS * 8 + 4 * math.ceil(shape.vocabulary / schedule.window)  # and a window's log-sum-exp each
+    fixed = _hidden_copies(shape) + vectors * shape.tokens + SLACK
     # The bias in fp32, its gradient, and the temporary sum of a tile's columns.
     vocabulary_vectors = 3 * shape.statistics_dtype.itemsize * shape.vocabulary
     if schedule.strategy == "chunked":

@@ -37,11 +37,17 @@ class RunningStatistics:
         self._rank = integers() if "target_rank" in wanted else None
         self._vocabulary = shape.vocabulary
         self._index: TargetIndex | None = None
+        self.window_logsumexp = floats(-torch.inf)
+        """[R] of the last window, where the projection's softmax is fused."""
         self.blocks: torch.Tensor | None = None
         """[R, B] log-sum-exp of each vocabulary block, where the gradient is sampled."""
         if shape.threshold is not None and shape.any_gradient:
             table = (count, block_count(shape.vocabulary))
             self.blocks = torch.empty(table, dtype=shape.statistics_dtype, device=device)
+
+    def new_window(self) -> None:
+        """Let the last window's log-sum-exp go to whoever holds it, and make room for the next."""
+        self.window_logsumexp = torch.empty_like(self.window_logsumexp)
 
     def add(self, raw: torch.Tensor, columns: slice, projection: Projection) -> None:
         """Take in a tile of raw products [R, U], which stays as it is; windows come in order, all of one width."""
@@ -64,43 +70,47 @@ class RunningStatistics:
             smooth = z @ smoothing if isinstance(smoothing, torch.Tensor) else z.sum(1) * smoothing
             self._smooth[rows] += smooth
 
-        old = self._maximum[rows]
+        if projection.fused_softmax and self._weighted is None and self._prediction is None:
+            # ``z`` becomes the window's own softmax, in units of its log-sum-exp.
+            unit = projection.softmax_(z)
+            self.window_logsumexp[rows] = unit
+            reference, decay, _ = self._rescale(rows, unit)
+            total = (unit - reference).exp_()
+        else:
+            unit, decay, total = self._exponentials_(z, rows, columns, projection)
+        if self.blocks is not None:
+            sums = block_sums(z)
+            first_block = columns.start // BLOCK
+            self.blocks[rows, first_block : first_block + sums.shape[1]] = sums.log_().add_(unit[:, None])
+        self._sum[rows] = decay * self._sum[rows] + total
+
+    def _exponentials_(
+        self, z: torch.Tensor, rows: slice, columns: slice, projection: Projection
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits to exponentials against a reference, in place; it, the decay of the sums so far, and the rows' sums."""
         if self._prediction is None:
             peak = z.amax(1)
         else:
             peak, index = z.max(1)
-            first = columns.start == 0
-            self._prediction[rows] = torch.where((peak > old) | first, index + columns.start, self._prediction[rows])
+            better = (peak > self._maximum[rows]) | (columns.start == 0)
+            self._prediction[rows] = torch.where(better, index + columns.start, self._prediction[rows])
+        reference, decay, shift = self._rescale(rows, peak)
+        z.sub_(reference[:, None])
+        if self._weighted is None:
+            return reference, decay, z.exp_().sum(1)
+        y = projection.scratch.take("y", z.shape[0], z.shape[1]).copy_(z).clamp_min_(LOWEST_LOGIT)
+        weighted = y.mul_(z.exp_()).sum(1)
+        self._weighted[rows] = decay * (self._weighted[rows] + shift * self._sum[rows]) + weighted
+        return reference, decay, z.sum(1)
+
+    def _rescale(self, rows: slice, peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The new reference, the factor of sums taken against the old one, and the factor's log; 0 before any sum."""
+        old = self._maximum[rows]
         maximum = torch.maximum(old, peak)
         reference = torch.where(maximum == -torch.inf, 0, maximum)
-        empty = old == -torch.inf
-        shift = torch.where(empty, 0, old - reference)
-        decay = torch.where(empty, 0, shift.exp())
-
-        # ``z`` becomes exponentials; ``unit`` is the log of what one of them stands for.
-        unit, factor = reference, None
-        if self._weighted is None and projection.fused_softmax:
-            peak, total = projection.softmax_(z)
-            factor = total.mul_((peak - reference).exp_())
-            unit = reference + factor.log()
-        else:
-            z.sub_(reference[:, None])
-            if self._weighted is not None:
-                y = projection.scratch.take("y", z.shape[0], z.shape[1]).copy_(z).clamp_min_(LOWEST_LOGIT)
-                weighted = y.mul_(z.exp_()).sum(1)
-                self._weighted[rows] = decay * (self._weighted[rows] + shift * self._sum[rows]) + weighted
-            else:
-                z.exp_()
-        if self.blocks is not None:
-            sums = block_sums(z)
-            first_block = columns.start // BLOCK
-            total = sums.sum(1)
-            self.blocks[rows, first_block : first_block + sums.shape[1]] = sums.log_().add_(unit[:, None])
-        else:
-            total = z.sum(1) if factor is None else 1
-        total = total if factor is None else total * factor
-        self._sum[rows] = decay * self._sum[rows] + total
+        shift, empty = old - reference, old == -torch.inf
         self._maximum[rows] = maximum
+        return reference, shift.exp().masked_fill_(empty, 0), shift.masked_fill(empty, 0)
 
     def finish(self) -> Statistics:
         """Statistics of the rows, all windows seen."""

@@ -100,14 +100,20 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
     block_sum = new_accumulator(projection, min(BLOCK, shape.vocabulary))
     starts: list[int] = pairs.starts.tolist()
     for block, columns in enumerate(slices(shape.vocabulary, BLOCK)):
-        weight_sum = block_sum[: columns.stop - columns.start].zero_()
-        for start in range(starts[block], starts[block + 1], GROUP_ROWS):
+        groups = range(starts[block], starts[block + 1], GROUP_ROWS)
+        alone = len(groups) == 1 and rank_one is None  # its product is the gradient
+        weight_sum = block_sum[: columns.stop - columns.start]
+        if not alone:
+            weight_sum.zero_()
+        for start in groups:
             group.gather(slice(start, min(start + GROUP_ROWS, starts[block + 1])), columns, gradients.bias)
             if gradients.hidden is not None:
                 group.add_to_hidden(gradients.hidden)
-            if gradients.weight is not None:
+            if gradients.weight is not None and alone:
+                product.write(gradients.weight[columns], group.restored_targets().T, group.hidden)
+            elif gradients.weight is not None:
                 product.add(weight_sum, group.restored_targets().T, group.hidden)
-        if gradients.weight is not None:
+        if gradients.weight is not None and not alone:
             if rank_one is not None:
                 rank_one.add_to_weight(weight_sum, columns)
             gradients.weight[columns] = weight_sum

@@ -66,6 +66,7 @@ class RowValues:
         target_logit: the target's logit.
         coefficients: of ``Coefficients``; with the sampled gradient, ``a``, ``b`` and ``d`` weighted for one block.
         smoothing_outside: whether the rank-one part of the smoothing term is left to the caller.
+        window_logsumexp: log-sum-exp of the logits within the window at hand, where the forward pass left it.
     """
 
     logsumexp: torch.Tensor
@@ -73,6 +74,7 @@ class RowValues:
     target_logit: torch.Tensor
     coefficients: Coefficients
     smoothing_outside: bool = False
+    window_logsumexp: torch.Tensor | None = None
 
     def rows(self, rows: slice | torch.Tensor) -> RowValues:
         """The values of some of the rows."""
@@ -82,6 +84,7 @@ class RowValues:
             self.target_logit[rows],
             self.coefficients.rows(rows),
             self.smoothing_outside,
+            None if self.window_logsumexp is None else self.window_logsumexp[rows],
         )
 
 
@@ -158,11 +161,11 @@ class Projection:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
         return z
 
-    def softmax_(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Softmax of each row of a piece, in place; the rows' maxima, and the sums of exponentials against them."""
+    def softmax_(self, z: torch.Tensor) -> torch.Tensor:
+        """Softmax of each row of a piece, in place; returns the rows' log-sum-exp."""
         peak = z.amax(1)
         torch.softmax(z, 1, out=z)
-        return peak, z.amax(1).reciprocal_()
+        return peak - z.amax(1).log_()
 
     def target_logits(self, raw: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """[R] logits of the targets [R] from their raw products [R], by the same steps as ``logits_``."""
@@ -205,8 +208,12 @@ class Projection:
         if head.softcap is not None:
             chain = torch.div(z, head.softcap, out=self.scratch.take("chain", *shape)).square_().neg_().add_(1)
         if c.b is None and self.fused_softmax:
-            peak, total = self.softmax_(z)
-            z.mul_((total * (peak - rows.logsumexp).exp_() * c.a)[:, None])
+            window = rows.window_logsumexp
+            if window is None:
+                window = self.softmax_(z)
+            else:
+                torch.softmax(z, 1, out=z)
+            z.mul_(((window - rows.logsumexp).exp_() * c.a)[:, None])
         elif c.b is None:
             z.sub_(rows.logsumexp[:, None]).exp_().mul_(c.a[:, None])
         else:
