@@ -112,6 +112,7 @@ def linear_cross_entropy(
     validation.check_group(group)
     validation.check_head(input, linear_weight, target, linear_bias)
     validation.check_reduction(reduction)
+    validation.check_index("ignore_index", ignore_index)
     validation.check_number("label_smoothing", label_smoothing, least=0, most=1)
     validation.check_number("z_loss", z_loss, least=0)
     validation.check_normalizer(normalizer, reduction, input)
@@ -193,6 +194,7 @@ def token_statistics(
     validation.check_group(group)
     validation.check_head(input, linear_weight, target, linear_bias)
     names = validation.check_outputs(outputs)
+    validation.check_index("ignore_index", ignore_index)
     tokens = _Tokens.of(target, linear_weight.shape[0], ignore_index)
     dtype = _statistics_dtype(_compute_dtype(input, linear_weight))
     values = _evaluate(

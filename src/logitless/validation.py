@@ -65,10 +65,15 @@ def check_number(
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
-def check_size(name: str, value: object, *, least: int) -> None:
-    """An integer size."""
+def check_index(name: str, value: object) -> None:
+    """An integer."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def check_size(name: str, value: int, *, least: int) -> None:
+    """An integer size."""
+    check_index(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 

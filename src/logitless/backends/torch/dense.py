@@ -27,6 +27,8 @@ from logitless.backends.torch.tiles import Projection, RowValues, TargetIndex, s
 
 # Rows, or vocabulary columns, of a partial product that is rounded to a narrow dtype before it is added up in fp32.
 PARTIAL = 4096
+# Rows of a partial product that are added at a time.
+ADDED_ROWS = 512
 
 
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
@@ -174,7 +176,7 @@ def forward_with_gradients(
         values = RowValues(part.logsumexp, target, part.target_logit, coefficients_of(part, rows))
         entries = projection.target_entries(values)
         projection.softmax_gradient_(raw, everything, values, gradients.bias)
-        raw.scatter_(1, target[:, None], 0)
+        raw[torch.arange(raw.shape[0], device=raw.device), target] = 0
         if gradients.hidden is not None:
             for columns in windows:
                 hidden_adder.add(gradients.hidden[rows], raw[:, columns], projection.weight(columns))
@@ -202,7 +204,9 @@ class PartialSum:
         if accumulator.dtype == self._dtype:
             torch.addmm(accumulator, left, right, out=accumulator)
         else:
-            accumulator.add_(torch.mm(left, right, out=self._buffer(accumulator)))
+            partial = torch.mm(left, right, out=self._buffer(accumulator))
+            for rows in slices(partial.shape[0], ADDED_ROWS):  # adding a narrow tensor makes a wide copy of it
+                accumulator[rows].add_(partial[rows])
 
     def write(self, result: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         """``result = left @ right``."""

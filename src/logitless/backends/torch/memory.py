@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from logitless.backends.contract import Schedule, Shape
-from logitless.backends.torch.dense import PARTIAL, TARGET_ROWS
+from logitless.backends.torch.dense import ADDED_ROWS, PARTIAL, TARGET_ROWS
 from logitless.backends.torch.sampled import GROUP_ROWS
 from logitless.backends.torch.tiles import scratch_elements
 from logitless.options import BLOCK
@@ -49,11 +49,10 @@ def _hidden_copies(shape: Shape) -> int:
     return total
 
 
-def _scratch(shape: Shape, rows: int, columns: int, *, gradient: bool) -> int:
+def _scratch(shape: Shape, columns: int, *, gradient: bool) -> int:
     """The buffers of ``tiles.Scratch`` in use, and a rank's comparison mask."""
     entropy = "mean_logit" in shape.statistics
     buffers = 1 + entropy + (gradient and shape.softcapped)
-    del rows
     mask = scratch_elements(shape, columns) if "target_rank" in shape.statistics else 0
     return buffers * shape.statistics_dtype.itemsize * scratch_elements(shape, columns) + mask
 
@@ -67,6 +66,17 @@ def _weight_copy(shape: Shape, columns: int) -> int:
 
 def _narrow(shape: Shape) -> bool:
     return shape.product_dtype != shape.statistics_dtype
+
+
+def _product_scratch(shape: Shape, tile_bytes: int) -> int:
+    """What the CPU's library packs operands into, and the wide copy of the part of a narrow product that is added.
+
+    Bounds what was measured with torch 2.13 over products of 1 to 4096 rows, 128 to 50304 columns and D up to 4096.
+    """
+    if not _narrow(shape):
+        return 0
+    packing = (1 << 19) + min(7 << 19, tile_bytes) if shape.device_type == "cpu" else 0
+    return packing + ADDED_ROWS * shape.hidden * shape.statistics_dtype.itemsize
 
 
 def _hidden_accumulator(shape: Shape) -> int:
@@ -88,7 +98,8 @@ def _dense_forward(shape: Shape, schedule: Schedule) -> int:
     elements = shape.tokens * kept + (rows * window if recomputed > 0 else 0)
     return (
         elements * shape.product_dtype.itemsize
-        + _scratch(shape, rows, window, gradient=False)
+        + _product_scratch(shape, rows * window * shape.product_dtype.itemsize)
+        + _scratch(shape, window, gradient=False)
         + _weight_copy(shape, window)
     )
 
@@ -106,7 +117,8 @@ def _dense_backward(shape: Shape, schedule: Schedule) -> int:
         weight_partial = window * shape.hidden * item
     return (
         raw
-        + _scratch(shape, shape.tokens, window, gradient=True)
+        + _product_scratch(shape, shape.tokens * window * item)
+        + _scratch(shape, window, gradient=True)
         + _weight_copy(shape, window)
         + _hidden_accumulator(shape)
         + hidden_partial
@@ -118,7 +130,8 @@ def _dense_backward(shape: Shape, schedule: Schedule) -> int:
 def _chunked(shape: Shape, schedule: Schedule) -> int:
     rows, item = min(schedule.rows, shape.tokens), shape.product_dtype.itemsize
     total = rows * shape.vocabulary * item
-    total += _scratch(shape, rows, shape.vocabulary, gradient=True)
+    total += _product_scratch(shape, total)
+    total += _scratch(shape, shape.vocabulary, gradient=True)
     total += _weight_copy(shape, min(PARTIAL, shape.vocabulary))
     total += _hidden_accumulator(shape) + _target_rows(shape)
     if _narrow(shape):
@@ -141,7 +154,8 @@ def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
     table = rows * block_count(shape.vocabulary) * 56
     return (
         rows * window * shape.product_dtype.itemsize
-        + _scratch(shape, rows, window, gradient=False)
+        + _product_scratch(shape, rows * window * shape.product_dtype.itemsize)
+        + _scratch(shape, window, gradient=False)
         + _weight_copy(shape, window)
         + table
         + _pairs(shape)
@@ -155,7 +169,8 @@ def _sampled_backward(shape: Shape) -> int:
     return (
         _pairs(shape)
         + GROUP_ROWS * BLOCK * shape.product_dtype.itemsize
-        + _scratch(shape, group, BLOCK, gradient=True)
+        + _product_scratch(shape, GROUP_ROWS * BLOCK * shape.product_dtype.itemsize)
+        + _scratch(shape, BLOCK, gradient=True)
         + _weight_copy(shape, BLOCK)
         + BLOCK * shape.hidden * (width + shape.product_dtype.itemsize)
         + _hidden_accumulator(shape)

@@ -87,7 +87,7 @@ class RunningStatistics:
     def _exponentials_(
         self, z: torch.Tensor, rows: slice, columns: slice, projection: Projection
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits to exponentials against a reference, in place; it, the decay of the sums so far, and the rows' sums."""
+        """Logits to exponentials against a reference, in place; it, the decay of sums so far, the rows' sums."""
         if self._prediction is None:
             peak = z.amax(1)
         else:

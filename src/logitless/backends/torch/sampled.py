@@ -227,7 +227,7 @@ class SmoothingRankOne:
     @functools.cached_property
     def _row_sum(self) -> torch.Tensor:
         """[D] sum of d_i x_i."""
-        return _weighted_row_sum(self._problem.hidden, lambda rows: self._d[rows])
+        return self._weighted_row_sum(self._problem.hidden, lambda rows: self._d[rows])
 
     def add_to_weight(self, gradient: torch.Tensor, columns: slice) -> None:
         """To the rows ``columns`` of the weight gradient."""
@@ -235,19 +235,15 @@ class SmoothingRankOne:
 
     def add_to_hidden(self, gradient: torch.Tensor) -> None:
         """To the gradient of the hidden states, [N, D]."""
-        gradient.addr_(self._d, _weighted_row_sum(self._problem.weight, self._smoothing), alpha=-self._scale)
+        gradient.addr_(self._d, self._weighted_row_sum(self._problem.weight, self._smoothing), alpha=-self._scale)
 
     def add_to_bias(self, gradient: torch.Tensor) -> None:
         """To the gradient of the bias, [V]."""
         gradient.sub_(self._smoothing(slice(0, gradient.shape[0])) * self._d.sum())
 
-
-def _weighted_row_sum(matrix: torch.Tensor, weights: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-    """[D] weighted sum of the rows of a [R, D] matrix, in the weights' dtype."""
-    total: torch.Tensor | None = None
-    for rows in slices(matrix.shape[0], PARTIAL):
-        weight = weights(rows)
-        part = weight @ matrix[rows].to(weight.dtype)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
+    def _weighted_row_sum(self, matrix: torch.Tensor, weights: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        """[D] weighted sum of the rows of a [R, D] matrix, in the dtype of d."""
+        total = self._d.new_zeros(matrix.shape[1])
+        for rows in slices(matrix.shape[0], PARTIAL):
+            total += weights(rows) @ matrix[rows].to(total.dtype)
+        return total
