@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     subcommands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
     _add_demo(subcommands)
     _add_train(subcommands)
+    _add_bench(subcommands)
+    _add_plan(subcommands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -91,6 +93,86 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run_dir = arguments.resume or arguments.run_dir or _new_run_dir("train")
     return run_training(given_flags(arguments), run_dir, arguments.resume is not None, TrainConfig(), Console())
+
+
+def _add_bench(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "bench",
+        help="measure time, memory and error against the two-stage pipeline and other peers",
+        description="Measures forward and backward of every peer in turn, in one process, on the same inputs.",
+    )
+    parser.add_argument("--cases", nargs="+", default=["gpt2", "tekken"], metavar="CASE", help="default: gpt2 tekken")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds a case (default: 5)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--trained-head", type=Path, metavar="FILE", help="a trained model's hidden states and head")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the results")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    _require_extra("demo", DEMO_MODULES)
+    import torch
+    from rich.console import Console
+
+    from logitless.bench.cases import CASES
+    from logitless.bench.run import BenchConfig, run_bench
+
+    unknown = [name for name in arguments.cases if name not in CASES]
+    if unknown:
+        raise InputError(f"--cases must be among {', '.join(CASES)}, got {unknown[0]!r}")
+    config = BenchConfig(
+        cases=tuple(arguments.cases),
+        dtypes=tuple(arguments.dtypes),
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        seed=arguments.seed,
+        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        trained_head=arguments.trained_head,
+        output=arguments.output,
+    )
+    return run_bench(config, shlex.join(["logitless", *sys.argv[1:]]), Console())
+
+
+def _add_plan(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "plan",
+        help="say which strategy a call would take, and its memory",
+        description="Says, without computing anything, which strategy a call would take and what memory it would hold.",
+    )
+    parser.add_argument("--tokens", type=int, required=True, help="N, rows of hidden states")
+    parser.add_argument("--hidden", type=int, required=True, help="D, hidden size")
+    parser.add_argument("--vocabulary", type=int, required=True, help="V, rows of the head")
+    parser.add_argument("--dtype", default="bfloat16", help="of hidden states and head (default: bfloat16)")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--reduction", default="mean", help="mean, sum or none (default: mean)")
+    parser.add_argument("--sampled", action="store_true", help="the sampled gradient")
+    parser.add_argument("--workspace", help="bytes allowed, such as 512MiB")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import logitless
+
+    try:
+        plan = logitless.plan(
+            tokens=arguments.tokens,
+            hidden=arguments.hidden,
+            vocabulary=arguments.vocabulary,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            reduction=arguments.reduction,
+            gradient=logitless.Sampled() if arguments.sampled else "exact",
+            workspace=int(arguments.workspace) if (arguments.workspace or "").isdigit() else arguments.workspace,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    print(plan)
+    return 0
 
 
 def _new_run_dir(name: str) -> Path:
