@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from implementations import CHUNKED, IMPLEMENTATIONS, SAMPLED, WINDOWED, Implementation
 from problems import DATA, Case, Problem, generator, make_problem
 from tolerance import loss_and_gradients, loss_baseline, statistics_and_gradients, statistics_baseline
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The same examples on every run and machine.
 reproducible = settings(deadline=None, max_examples=40, derandomize=True, database=None)

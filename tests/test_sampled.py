@@ -25,6 +25,8 @@ GROUPS = (1, 4, 16, 64, 256)
 THRESHOLD = 1 / 4
 TOKENS, HIDDEN, VOCABULARY = 16, 16, BLOCK * 12 + 37
 
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 each_backend = pytest.mark.parametrize("backend", ["reference", "torch"])
 
 
@@ -92,9 +94,10 @@ def problem_of(data: str) -> Problem:
 
 
 @each_backend
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.25, "softcap": 3.0}], ids=["bare", "busy"])
 @pytest.mark.parametrize("data", DATA)
-def test_unbiased(backend, data):
-    check(loss_of(backend), loss_and_gradients, problem_of(data))
+def test_unbiased(backend, data, options):
+    check(loss_of(backend), loss_and_gradients, problem_of(data).with_options(**options))
 
 
 OPTIONS = {
@@ -114,14 +117,13 @@ OPTIONS = {
 }
 
 
-@each_backend
 @pytest.mark.parametrize("name", OPTIONS)
-def test_unbiased_with(backend, name):
-    check(loss_of(backend), loss_and_gradients, problem_of("mixed").with_options(**OPTIONS[name]))
+def test_unbiased_with(name):
+    check(loss_of("torch"), loss_and_gradients, problem_of("mixed").with_options(**OPTIONS[name]))
 
 
 @each_backend
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["bare", "softcap"])
 @pytest.mark.parametrize("outputs", [("entropy",), ("nll", "logsumexp", "entropy")], ids=",".join)
 def test_unbiased_for_statistics(backend, options, outputs):
     problem = problem_of("mixed").with_options(**options)
@@ -145,7 +147,7 @@ def test_check_can_fail():
     exact = torch.ones(50, dtype=torch.float64)
     noise = torch.randn(DRAWS, 50, generator=generator(0), dtype=torch.float64)
     assert_unbiased(exact + noise, exact)
-    with pytest.raises(AssertionError, match="mean of 256"):
+    with pytest.raises(AssertionError, match="mean of"):
         assert_unbiased(exact + noise + 0.5, exact)
     with pytest.raises(AssertionError, match="all the same"):
         assert_unbiased(exact.expand(DRAWS, 50), exact)
@@ -227,8 +229,8 @@ def test_backward_again_gives_the_same_sample(backend):
 # With an identity as hidden states, token i's logits are column i of the weight, and column i of the weight's gradient
 # is the gradient of its logits: which blocks were kept, and with what factor, can be read off.
 
-COLUMNS = 192
-MANY_BLOCKS = BLOCK * 40 + 37
+COLUMNS = 128
+MANY_BLOCKS = BLOCK * 24 + 37
 
 
 def columns_problem(data: str) -> Problem:
@@ -299,7 +301,7 @@ def test_rows_are_sampled_independently(backend):
     problem = columns_problem("equal")
     drawn = blocks_of(softmax_gradient(problem, backend, THRESHOLD, seed=1)).abs().amax(1) > 1e-14
     patterns = {tuple(column.tolist()) for column in drawn.T}
-    # About ten patterns are possible (four blocks of 41, equally spaced): all tokens on one is what must not be.
+    # At least six patterns are possible (four blocks of 25, equally spaced): all tokens on one is what must not be.
     assert len(patterns) >= 5
 
 
@@ -356,7 +358,7 @@ def test_variance(backend, data):
 def test_everything_kept_is_exact(backend):
     """Where every block holds more mass than the threshold, nothing is random."""
     problem = columns_problem("flat")
-    drawn = softmax_gradient(problem, backend, 1 / 64, seed=1)
+    drawn = softmax_gradient(problem, backend, 1 / 1024, seed=1)
     torch.testing.assert_close(drawn, problem.linear_weight.detach().softmax(0), atol=1e-12, rtol=1e-6)
 
 
@@ -372,5 +374,5 @@ def test_ignored_tokens_keep_nothing(backend):
 
 def test_blocks_are_padded():
     entries = torch.ones(MANY_BLOCKS, 2)
-    assert blocks_of(entries).shape == (41, BLOCK, 2)
+    assert blocks_of(entries).shape == (25, BLOCK, 2)
     assert blocks_of(entries).sum() == entries.sum()
