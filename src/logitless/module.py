@@ -10,11 +10,12 @@ import torch
 from logitless.functional import Normalizer, linear_cross_entropy
 
 _TENSORS_OF_A_CALL = {"input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer"}
-_OPTIONS = {
-    name: parameter.default
+_PARAMETERS = [
+    parameter
     for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
     if name not in _TENSORS_OF_A_CALL
-}
+]
+_OPTIONS = {parameter.name: parameter.default for parameter in _PARAMETERS}
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
@@ -32,6 +33,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     """
 
     weight: torch.Tensor | None
+    __signature__ = inspect.Signature(_PARAMETERS)
 
     def __init__(self, **options: Any) -> None:
         """Hold the options."""

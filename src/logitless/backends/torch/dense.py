@@ -39,7 +39,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     backward pass writes the rows of a window, only products of windows before it have been there.
     """
     shape = problem.shape
-    projection = Projection(problem, schedule.window)
+    projection = Projection(problem, schedule.rows, schedule.window)
     windows = list(slices(shape.vocabulary, schedule.window))
     kept_from = len(windows) - schedule.kept_windows
     buffer = projection.buffer(schedule.rows * schedule.window if kept_from > schedule.lodged_windows else 0)
@@ -107,7 +107,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     The window's slice of the weight gradient is written once; the hidden gradient is added up in fp32.
     """
     shape, residuals = problem.shape, statistics.residuals
-    projection = Projection(problem, schedule.backward_window)
+    projection = Projection(problem, shape.tokens, schedule.backward_window)
     rows = RowValues(statistics.logsumexp, problem.target, statistics.target_logit, coefficients)
     entries, index = (
         projection.target_entries(rows),
@@ -150,7 +150,7 @@ def forward_with_gradients(
 ) -> tuple[Statistics, Gradients]:
     """Row chunks: all logits of a chunk in one buffer, its statistics, its gradient in their place, two products."""
     shape = problem.shape
-    projection = Projection(problem, shape.vocabulary)
+    projection = Projection(problem, schedule.rows, shape.vocabulary)
     everything = slice(0, shape.vocabulary)
     # One product over the whole vocabulary, unless that would copy the whole weight.
     windows = list(slices(shape.vocabulary, PARTIAL)) if projection.copies_weight else [everything]

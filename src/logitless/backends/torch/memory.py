@@ -49,12 +49,12 @@ def _hidden_copies(shape: Shape) -> int:
     return total
 
 
-def _scratch(shape: Shape, columns: int, *, gradient: bool) -> int:
+def _scratch(shape: Shape, rows: int, columns: int, *, gradient: bool) -> int:
     """The buffers of ``tiles.Scratch`` in use, and a rank's comparison mask."""
     entropy = "mean_logit" in shape.statistics
     buffers = 1 + entropy + (gradient and shape.softcapped)
-    mask = scratch_elements(shape, columns) if "target_rank" in shape.statistics else 0
-    return buffers * shape.statistics_dtype.itemsize * scratch_elements(shape, columns) + mask
+    mask = scratch_elements(shape, rows, columns) if "target_rank" in shape.statistics else 0
+    return buffers * shape.statistics_dtype.itemsize * scratch_elements(shape, rows, columns) + mask
 
 
 def _weight_copy(shape: Shape, columns: int) -> int:
@@ -99,7 +99,7 @@ def _dense_forward(shape: Shape, schedule: Schedule) -> int:
     return (
         elements * shape.product_dtype.itemsize
         + _product_scratch(shape, rows * window * shape.product_dtype.itemsize)
-        + _scratch(shape, window, gradient=False)
+        + _scratch(shape, rows, window, gradient=False)
         + _weight_copy(shape, window)
     )
 
@@ -118,7 +118,7 @@ def _dense_backward(shape: Shape, schedule: Schedule) -> int:
     return (
         raw
         + _product_scratch(shape, shape.tokens * window * item)
-        + _scratch(shape, window, gradient=True)
+        + _scratch(shape, shape.tokens, window, gradient=True)
         + _weight_copy(shape, window)
         + _hidden_accumulator(shape)
         + hidden_partial
@@ -131,7 +131,7 @@ def _chunked(shape: Shape, schedule: Schedule) -> int:
     rows, item = min(schedule.rows, shape.tokens), shape.product_dtype.itemsize
     total = rows * shape.vocabulary * item
     total += _product_scratch(shape, total)
-    total += _scratch(shape, shape.vocabulary, gradient=True)
+    total += _scratch(shape, rows, shape.vocabulary, gradient=True)
     total += _weight_copy(shape, min(PARTIAL, shape.vocabulary))
     total += _hidden_accumulator(shape) + _target_rows(shape)
     if _narrow(shape):
@@ -155,7 +155,7 @@ def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
     return (
         rows * window * shape.product_dtype.itemsize
         + _product_scratch(shape, rows * window * shape.product_dtype.itemsize)
-        + _scratch(shape, window, gradient=False)
+        + _scratch(shape, rows, window, gradient=False)
         + _weight_copy(shape, window)
         + table
         + _pairs(shape)
@@ -170,7 +170,7 @@ def _sampled_backward(shape: Shape) -> int:
         _pairs(shape)
         + GROUP_ROWS * BLOCK * shape.product_dtype.itemsize
         + _product_scratch(shape, GROUP_ROWS * BLOCK * shape.product_dtype.itemsize)
-        + _scratch(shape, BLOCK, gradient=True)
+        + _scratch(shape, GROUP_ROWS, BLOCK, gradient=True)
         + _weight_copy(shape, BLOCK)
         + BLOCK * shape.hidden * (width + shape.product_dtype.itemsize)
         + _hidden_accumulator(shape)

@@ -40,7 +40,7 @@ ROW_MULTIPLE = 32
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
     """Statistics, and the pairs that the backward pass will compute."""
     shape = problem.shape
-    projection = Projection(problem, schedule.window)
+    projection = Projection(problem, schedule.rows, schedule.window)
     buffer = projection.buffer(schedule.rows * schedule.window)
     parts = []
     rows_of, blocks_of = ([torch.empty(0, dtype=torch.int32, device=buffer.device)] for _ in range(2))
@@ -91,7 +91,7 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
     """Gradients from the kept pairs; the rank-one part of label smoothing is exact and comes last."""
     shape, pairs = problem.shape, statistics.residuals.pairs
     assert pairs is not None
-    projection = Projection(problem, BLOCK)
+    projection = Projection(problem, GROUP_ROWS, BLOCK)
     gradients = new_gradients(projection)
     gradients.weight = new_weight_gradient(problem) if shape.weight_gradient else None
     rank_one = None if coefficients.d is None else SmoothingRankOne(problem, coefficients.d)

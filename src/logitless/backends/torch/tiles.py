@@ -23,9 +23,10 @@ SCRATCH_ELEMENTS_ELSEWHERE = 1 << 24
 LOWEST_LOGIT = -1e30
 
 
-def scratch_elements(shape: Shape, columns: int) -> int:
-    """Elements of one scratch buffer for tiles of that many columns: at least a row."""
-    return max(SCRATCH_ELEMENTS.get(shape.device_type, SCRATCH_ELEMENTS_ELSEWHERE), columns)
+def scratch_elements(shape: Shape, rows: int, columns: int) -> int:
+    """Elements of one scratch buffer for tiles of [rows, columns]: at least a row, at most the tile."""
+    preferred = SCRATCH_ELEMENTS.get(shape.device_type, SCRATCH_ELEMENTS_ELSEWHERE)
+    return min(max(preferred, columns), max(1, rows) * columns)
 
 
 def slices(stop: int, step: int) -> Iterator[slice]:
@@ -108,14 +109,14 @@ class TargetIndex:
 class Projection:
     """Hidden states against windows of the weight, and the elementwise steps between products."""
 
-    def __init__(self, problem: Problem, columns: int) -> None:
-        """For tiles of at most ``columns`` vocabulary columns."""
+    def __init__(self, problem: Problem, rows: int, columns: int) -> None:
+        """For tiles of at most [rows, columns]."""
         self.problem = problem
         shape = problem.shape
         self.dtype = shape.product_dtype
         self.statistics_dtype = shape.statistics_dtype
         self.hidden = problem.hidden.to(self.dtype)  # [N, D]
-        self.scratch = Scratch(scratch_elements(shape, columns), self.statistics_dtype, self.hidden.device)
+        self.scratch = Scratch(scratch_elements(shape, rows, columns), self.statistics_dtype, self.hidden.device)
         self._bias = None if problem.bias is None else problem.bias.to(self.statistics_dtype)
         self._copied_weight: torch.Tensor | None = None
         # PyTorch's softmax on the CPU is one pass of an exponential accurate to 20 ulp: 40 ms for 10^8 elements on two
