@@ -371,6 +371,14 @@ class TestTraining:
         assert [line["step"] for line in log_of(folder)] == list(range(1, reached + 4))
         assert not list(folder.glob("*.tmp"))
 
+    def test_a_run_without_a_checkpoint_starts_over(self, text, tmp_path):
+        """Killed before the first checkpoint, it has settings and perhaps a log, and loses nothing but time."""
+        train(tmp_path / "run", text)
+        before = losses_of(tmp_path / "run")
+        (tmp_path / "run" / "checkpoint.pt").unlink()
+        assert train(tmp_path / "run", text, resume=True) == 0
+        assert losses_of(tmp_path / "run") == before
+
     def test_a_finished_run_stays_as_it_is(self, text, tmp_path):
         """Resuming it does nothing."""
         train(tmp_path / "run", text)
@@ -472,6 +480,13 @@ class TestMessages:
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) == 1
+
+    @pytest.mark.parametrize("word", ["1/0", "small", "1e999"])
+    def test_bad_numbers(self, word, capsys):
+        """Refused when the flags are read."""
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--threshold", word])
+        assert f"must be a number such as 0.1 or 1/64, got '{word}'" in capsys.readouterr().err
 
     def test_no_cuda_device(self, capsys, tmp_path, monkeypatch):
         """Said at once."""

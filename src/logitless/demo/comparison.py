@@ -24,8 +24,10 @@ from logitless.demo.progress import StepProgress
 from logitless.demo.runs import RunFolder
 from logitless.demo.train import StepRecord, Trainer, resolve_device
 
-# In float32 two ways to the same loss differ by rounding alone; over some dozens of steps that stays far below this.
+# In float32 two ways to the same loss differ by rounding alone, which stays far below this for a hundred steps.
+# Training is chaotic, so that in the end any difference grows: later steps are not judged.
 LARGEST_DIFFERENCE = 1e-3
+JUDGED_STEPS = 100
 LAST_STEPS = 10
 # What the two-stage head holds for each logit on a GPU, in bytes: bfloat16 and float32 logits and gradients of both.
 BYTES_PER_LOGIT = 16
@@ -114,10 +116,11 @@ class Comparison:
 
     @property
     def exact_is_exact(self) -> bool | None:
-        """Whether the exact head kept to the two-stage losses; None in bfloat16, whose rounding says nothing of it."""
-        if self.config.dtype != "float32":
+        """Whether the exact head kept to the two-stage losses; None but in float32 on a CPU, where nothing blurs it."""
+        if (self.config.device, self.config.dtype) != ("cpu", "float32"):
             return None
-        return all(self.largest_difference(run) <= LARGEST_DIFFERENCE for run in self.runs if run.head == "exact")
+        exact = next(run for run in self.runs if run.head == "exact")
+        return all(abs(difference) <= LARGEST_DIFFERENCE for difference in self.differences(exact)[:JUDGED_STEPS])
 
     def to_json(self) -> dict[str, Any]:
         """Returns every number as plain JSON data."""
@@ -133,7 +136,7 @@ def demo_preset(device: str, vocabulary: int) -> TrainConfig:
     if device == "cpu":
         return TrainConfig(
             model=ModelConfig(hidden=128, layers=4, heads=4),
-            steps=60,
+            steps=50,
             batch=4,
             sequence=128,
             warmup=5,
@@ -144,7 +147,7 @@ def demo_preset(device: str, vocabulary: int) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(hidden=1024, layers=8, heads=16),
         steps=200,
-        batch=min(32, max(1, batch)),
+        batch=min(16, max(1, batch)),
         sequence=sequence,
         learning_rate=1e-3,
         eval_tokens=131_072,
@@ -170,7 +173,7 @@ def run_demo(
         load_tokenizer: makes the tokenizer.
 
     Returns:
-        The process's exit code: 0, or 1 if the exact head did not keep to the two-stage losses in float32.
+        The process's exit code: 0, or 1 if `Comparison.exact_is_exact` is False.
 
     Raises:
         InputError: something given cannot be used.
@@ -195,6 +198,9 @@ def run_demo(
         soft_wrap=True,
     )
 
+    for head in HEAD_KINDS:
+        _warm_up(replace(config, head=head), corpus)
+    gc.collect()
     runs, parameters = [], 0
     for head in HEAD_KINDS:
         run, parameters = _train(replace(config, head=head), corpus, console)
@@ -222,6 +228,12 @@ def run_demo(
     write_report(comparison, run_dir)
     _print_results(comparison, run_dir, console)
     return 1 if comparison.exact_is_exact is False else 0
+
+
+def _warm_up(config: TrainConfig, corpus: Corpus) -> None:
+    """Does a small step, for libraries to load and kernels to compile: else the first run would pay for it."""
+    with memory_meter(config.device) as meter:
+        Trainer(replace(config, batch=1), corpus, meter).advance()
 
 
 def _train(config: TrainConfig, corpus: Corpus, console: Console) -> tuple[RunResult, int]:
@@ -254,7 +266,7 @@ def _print_results(comparison: Comparison, run_dir: Path, console: Console) -> N
 
     differences = [f"{comparison.largest_difference(run):.1e}" for run in comparison.runs[1:]]
     table.add_row("held-out loss (nats)", *(f"{run.held_out_loss:.4f}" for run in comparison.runs))
-    table.add_row("largest difference of a step's loss", "", *differences)
+    table.add_row("largest loss difference (nats)", "", *differences)
     add("peak memory of the head", "head_bytes", format_bytes)
     add("peak memory of training", "peak_bytes", format_bytes)
     add("tokens per second", "tokens_per_second", "{:,.0f}".format)
@@ -263,7 +275,8 @@ def _print_results(comparison: Comparison, run_dir: Path, console: Console) -> N
     console.print(table)
     if comparison.exact_is_exact is not None:
         verdict = "within" if comparison.exact_is_exact else "[bold red]NOT within[/]"
-        console.print(f"exact is {verdict} {LARGEST_DIFFERENCE:g} of two-stage at every step", highlight=False)
+        judged = min(comparison.config.steps, JUDGED_STEPS)
+        console.print(f"exact is {verdict} {LARGEST_DIFFERENCE:g} of two-stage at steps 1 to {judged}", highlight=False)
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True, highlight=False)
 
 

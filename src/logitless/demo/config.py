@@ -155,7 +155,10 @@ def _flag(name: str) -> str:
 
 
 def _number(text: str) -> float:
-    return float(Fraction(text))  # takes 1/64 as well as 0.015625
+    try:
+        return float(Fraction(text))  # takes 1/64 as well as 0.015625
+    except (ValueError, ArithmeticError) as error:
+        raise argparse.ArgumentTypeError(f"must be a number such as 0.1 or 1/64, got {text!r}") from error
 
 
 def _argument_type(hint: Any) -> dict[str, Any]:

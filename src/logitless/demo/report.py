@@ -45,11 +45,11 @@ p { margin: .4rem 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.8rem 0; }
 .card { background: var(--panel); border-radius: .6rem; padding: .9rem 1.1rem; }
 .card b { display: block; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.card span { color: var(--soft); font-size: .87rem; }
+.card span { color: var(--soft); display: block; font-size: .87rem; line-height: 1.4; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; padding-left: 0; }
+th:first-child, td:first-child { text-align: left; white-space: normal; padding-left: 0; min-width: 11rem; }
 thead th { font-weight: 600; border-bottom-width: 2px; }
 tbody th { font-weight: 400; }
 .ratio { color: var(--soft); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -157,7 +158,8 @@ def _train_to_the_end(trainer: Trainer, folder: RunFolder, console: Console) -> 
                 save_checkpoint(folder.checkpoint, trainer.state_dict())
     if trainer.step < config.steps and stop.signal is not None:
         console.print(
-            f"stopped after step {trainer.step} of {config.steps}; go on with: logitless train --resume {folder.path}",
+            f"stopped after step {trainer.step} of {config.steps}; "
+            f"go on with: logitless train --resume {shlex.quote(str(folder.path))}",
             soft_wrap=True,
             highlight=False,
         )
