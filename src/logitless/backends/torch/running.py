@@ -108,9 +108,9 @@ class RunningStatistics:
         old = self._maximum[rows]
         maximum = torch.maximum(old, peak)
         reference = torch.where(maximum == -torch.inf, 0, maximum)
-        shift, empty = old - reference, old == -torch.inf
+        shift = old - reference
         self._maximum[rows] = maximum
-        return reference, shift.exp().masked_fill_(empty, 0), shift.masked_fill(empty, 0)
+        return reference, shift.exp(), shift.masked_fill(old == -torch.inf, 0)
 
     def finish(self) -> Statistics:
         """Statistics of the rows, all windows seen."""
