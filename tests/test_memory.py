@@ -81,7 +81,9 @@ SCENARIOS = [
     Scenario("chunked-busy-bf16", replace(BUSY, dtype=torch.bfloat16, softcap=5.0), strategy="chunked"),
     Scenario("windowed", LARGE, strategy="windowed"),
     Scenario("windowed-busy-bf16", replace(BUSY, dtype=torch.bfloat16, softcap=5.0), strategy="windowed"),
-    Scenario("windowed-wide-bf16", replace(BUSY, dtype=torch.bfloat16, vocabulary=515), hidden=1536, strategy="windowed"),
+    Scenario(
+        "windowed-wide-bf16", replace(BUSY, dtype=torch.bfloat16, vocabulary=515), hidden=1536, strategy="windowed"
+    ),
     Scenario("windowed-none", replace(BUSY, reduction="none"), strategy="windowed"),
     Scenario("sampled", LARGE, gradient=SAMPLED),
     Scenario("sampled-busy-bf16", replace(BUSY, dtype=torch.bfloat16, softcap=5.0), gradient=SAMPLED),

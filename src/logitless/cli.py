@@ -105,6 +105,7 @@ def _add_bench(subcommands: Subcommands) -> None:
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
+    parser.add_argument("--peers", nargs="+", default=None, metavar="PEER", help="default: all that are installed")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds a case (default: 5)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
@@ -120,14 +121,18 @@ def _bench(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from logitless.bench.cases import CASES
+    from logitless.bench.peers import available_peers
     from logitless.bench.run import BenchConfig, run_bench
 
-    unknown = [name for name in arguments.cases if name not in CASES]
-    if unknown:
-        raise InputError(f"--cases must be among {', '.join(CASES)}, got {unknown[0]!r}")
+    peers = arguments.peers or list(available_peers())
+    for flag, given, known in (("--cases", arguments.cases, CASES), ("--peers", peers, available_peers())):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise InputError(f"{flag} must be among {', '.join(map(repr, known))}, got {unknown[0]!r}")
     config = BenchConfig(
         cases=tuple(arguments.cases),
         dtypes=tuple(arguments.dtypes),
+        peers=tuple(peers),
         rounds=arguments.rounds,
         threads=arguments.threads,
         seed=arguments.seed,

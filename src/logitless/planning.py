@@ -24,11 +24,10 @@ from logitless.sampling import block_count
 MEBIBYTE = 1 << 20
 LEAST_DEFAULT_BUDGET = 64 * MEBIBYTE
 
-# Tensors of the logits' size that autograd holds at once in the two-stage pipeline: logits or their gradient,
-# log-softmax and its gradient; measured: 3.0 in fp32, 3.5 in bf16 on the CPU. Without a gradient, the first two.
-TWO_STAGE_TENSORS = 3.0
-TWO_STAGE_TENSORS_NARROW = 3.5
-TWO_STAGE_TENSORS_FORWARD = 2.0
+# Tensors of the logits' size that autograd holds at once in the two-stage pipeline: log-softmax, its gradient and that
+# of the logits; without a gradient, logits and log-softmax.
+TWO_STAGE_TENSORS = 3
+TWO_STAGE_TENSORS_FORWARD = 2
 
 # Tile sizes in order of preference. Products of fewer rows or columns than the first few lose speed: at D=768 on two
 # cores, chunks of 128 rows take 1.6 times as long as 512 in fp32, windows of 512 columns 1.1 times as long as 2048.
@@ -181,11 +180,8 @@ def default_budget(shape: Shape) -> int:
 
 def two_stage_bytes(shape: Shape) -> int:
     """Bytes of the [tokens, vocabulary] tensors that the two-stage pipeline holds at once."""
-    item = shape.compute_dtype.itemsize
-    tensors = TWO_STAGE_TENSORS_NARROW if item == 2 else TWO_STAGE_TENSORS
-    if not shape.any_gradient:
-        tensors = TWO_STAGE_TENSORS_FORWARD
-    return int(tensors * shape.tokens * shape.vocabulary * item)
+    tensors = TWO_STAGE_TENSORS if shape.any_gradient else TWO_STAGE_TENSORS_FORWARD
+    return tensors * shape.tokens * shape.vocabulary * shape.compute_dtype.itemsize
 
 
 def choose(shape: Shape, backend: str, scalar: bool, workspace: int | None) -> Plan:

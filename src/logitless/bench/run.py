@@ -14,7 +14,7 @@ from rich.table import Table
 from logitless import planning
 from logitless.bench.cases import CASES, Case, make_inputs
 from logitless.bench.measure import Measurement, measure
-from logitless.bench.peers import available_peers
+from logitless.bench.peers import BASELINE, available_peers
 from logitless.demo.environment import describe_hardware, describe_software
 
 
@@ -25,6 +25,7 @@ class BenchConfig:
     Attributes:
         cases: names of cases.
         dtypes: names of dtypes.
+        peers: names of peers; the baseline is always among them.
         rounds: timed rounds a case.
         threads: of the CPU; None for PyTorch's default.
         seed: of the random inputs.
@@ -35,6 +36,7 @@ class BenchConfig:
 
     cases: tuple[str, ...]
     dtypes: tuple[str, ...]
+    peers: tuple[str, ...]
     rounds: int
     threads: int | None
     seed: int
@@ -51,6 +53,7 @@ def run_bench(config: BenchConfig, command: str, console: Console) -> int:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    peers = {name: loss for name, loss in available_peers().items() if name in (BASELINE, *config.peers)}
     results = []
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     for name in config.cases:
@@ -62,7 +65,7 @@ def run_bench(config: BenchConfig, command: str, console: Console) -> int:
             with console.status(f"{name} {dtype}") as status:
                 measurements = measure(
                     inputs,
-                    available_peers(),
+                    peers,
                     config.rounds,
                     lambda what, status=status, name=name, dtype=dtype: status.update(f"{name} {dtype}: {what}"),
                 )

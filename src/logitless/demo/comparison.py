@@ -21,6 +21,7 @@ from logitless.demo.data import Corpus, Tokenizer, check_size, load_corpus, tekk
 from logitless.demo.environment import describe_hardware, describe_software
 from logitless.demo.memory import format_bytes, memory_meter
 from logitless.demo.progress import StepProgress
+from logitless.demo.ratios import ratio
 from logitless.demo.runs import RunFolder
 from logitless.demo.train import StepRecord, Trainer, resolve_device
 
@@ -260,8 +261,8 @@ def _print_results(comparison: Comparison, run_dir: Path, console: Console) -> N
     summaries = [run.summary() for run in comparison.runs]
 
     def add(label: str, name: str, form: Callable[[float], str]) -> None:
-        ratios = [summary[name] / summaries[0][name] for summary in summaries]
-        cells = [f"{form(summary[name])} ({ratio:.2f})" for summary, ratio in zip(summaries, ratios, strict=True)]
+        ratios = [ratio(summary[name], summaries[0][name]) for summary in summaries]
+        cells = [f"{form(summary[name])} ({value:.2f})" for summary, value in zip(summaries, ratios, strict=True)]
         table.add_row(label, form(summaries[0][name]), *cells[1:])
 
     differences = [f"{comparison.largest_difference(run):.1e}" for run in comparison.runs[1:]]

@@ -22,6 +22,7 @@ from logitless.demo.plots import (
     draw_time,
     render,
 )
+from logitless.demo.ratios import ratio
 
 if TYPE_CHECKING:
     from logitless.demo.comparison import Comparison
@@ -176,12 +177,12 @@ def _cards(comparison: Comparison) -> str:
     difference = comparison.largest_difference(comparison.runs[1])
     cards = (
         (
-            f"{reference['head_bytes'] / exact['head_bytes']:.1f}&times; less",
+            f"{ratio(reference['head_bytes'], exact['head_bytes']):.1f}&times; less",
             f"memory for the head, exact: {format_bytes(exact['head_bytes'])} "
             f"instead of {format_bytes(reference['head_bytes'])}",
         ),
-        (f"{reference['head_seconds'] / exact['head_seconds']:.2f}&times;", "speed of the head, exact"),
-        (f"{reference['head_seconds'] / sampled['head_seconds']:.2f}&times;", "speed of the head, sampled"),
+        (f"{ratio(reference['head_seconds'], exact['head_seconds']):.2f}&times;", "speed of the head, exact"),
+        (f"{ratio(reference['head_seconds'], sampled['head_seconds']):.2f}&times;", "speed of the head, sampled"),
         (f"{difference:.1e}", "nats: largest difference of a step's loss, exact from two-stage"),
     )
     items = (f'<div class="card"><b>{number}</b><span>{text}</span></div>' for number, text in cards)
@@ -202,8 +203,8 @@ def _table_row(row: _Row, values: list[float]) -> str:
     reference, *others = (row.form.format(value * row.scale) for value in values)
     cells = f"<td>{reference if row.ratio else ''}</td>"
     for text, value in zip(others, values[1:], strict=True):
-        ratio = f"{value / values[0]:.3f}" if row.ratio else ""
-        cells += f'<td>{text}</td><td class="ratio">{ratio}</td>'
+        to_reference = f"{ratio(value, values[0]):.3f}" if row.ratio else ""
+        cells += f'<td>{text}</td><td class="ratio">{to_reference}</td>'
     return f"<tr><th>{row.label}</th>{cells}</tr>"
 
 

@@ -50,10 +50,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         lodging = residuals.weight_gradient[schedule.window :].view(-1).view(projection.dtype)
         spacing = lodging_spacing(shape, schedule.window)
     reusable = (
-        projection.fused_softmax
-        and not shape.statistics & {"mean_logit", "prediction"}
-        and schedule.rows >= shape.tokens
-        and schedule.window == schedule.backward_window
+        projection.fused_softmax and schedule.rows >= shape.tokens and schedule.window == schedule.backward_window
     )
     parts = []
     for rows in slices(shape.tokens, schedule.rows):
@@ -69,7 +66,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
             raw = projection.multiply(hidden, columns, place)
             if place is not buffer:
                 residuals.logits[columns.start] = raw
-            running.add(raw, columns, projection)
+            running.add(raw, columns, projection, leave_softmax=place is not buffer and projection.leaves_softmax)
             if reusable:
                 residuals.window_logsumexp[columns.start] = running.window_logsumexp
                 running.new_window()
@@ -124,11 +121,16 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     buffer = None
     for columns in slices(shape.vocabulary, schedule.backward_window):
         raw = residuals.logits.pop(columns.start, None)
+        kept = raw is not None
         if raw is None:
             if buffer is None:
                 buffer = projection.buffer(shape.tokens * schedule.backward_window)
             raw = projection.multiply(projection.hidden, columns, buffer)
-        here = replace(rows, window_logsumexp=residuals.window_logsumexp.get(columns.start))
+        here = replace(
+            rows,
+            window_logsumexp=residuals.window_logsumexp.get(columns.start),
+            holds_softmax=kept and projection.leaves_softmax,
+        )
         projection.softmax_gradient_(raw, columns, here, gradients.bias)
         hit, local = index.within(columns)
         if gradients.hidden is not None:
@@ -170,10 +172,12 @@ def forward_with_gradients(
         for columns in windows:
             torch.mm(hidden, projection.weight(columns).T, out=raw[:, columns])
         running = RunningStatistics(problem, rows)
-        running.add(raw, everything, projection)
+        running.add(raw, everything, projection, leave_softmax=projection.leaves_softmax)
         part = running.finish()
         parts.append(part)
         values = RowValues(part.logsumexp, target, part.target_logit, coefficients_of(part, rows))
+        if projection.leaves_softmax:
+            values = replace(values, window_logsumexp=part.logsumexp, holds_softmax=True)
         entries = projection.target_entries(values)
         projection.softmax_gradient_(raw, everything, values, gradients.bias)
         raw[torch.arange(raw.shape[0], device=raw.device), target] = 0

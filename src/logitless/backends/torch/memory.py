@@ -90,14 +90,19 @@ def _target_rows(shape: Shape) -> int:
     return 3 * min(shape.tokens, TARGET_ROWS) * shape.hidden * shape.statistics_dtype.itemsize
 
 
+def _logits(shape: Shape, rows: int, window: int, schedule: Schedule) -> int:
+    """Kept windows, of which the last may be narrower, and the buffer of the others where there are others."""
+    windows = math.ceil(shape.vocabulary / window)
+    others = windows - schedule.kept_windows
+    kept = max(0, shape.vocabulary - others * window)
+    buffer = rows * window if others > schedule.lodged_windows else 0
+    return (shape.tokens * kept + buffer) * shape.product_dtype.itemsize
+
+
 def _dense_forward(shape: Shape, schedule: Schedule) -> int:
     rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
-    windows = math.ceil(shape.vocabulary / schedule.window)
-    kept = min(shape.vocabulary, schedule.kept_windows * schedule.window)
-    recomputed = windows - schedule.kept_windows - schedule.lodged_windows
-    elements = shape.tokens * kept + (rows * window if recomputed > 0 else 0)
     return (
-        elements * shape.product_dtype.itemsize
+        _logits(shape, rows, window, schedule)
         + _product_scratch(shape, rows * window * shape.product_dtype.itemsize)
         + _scratch(shape, rows, window, gradient=False)
         + _weight_copy(shape, window)
@@ -107,24 +112,25 @@ def _dense_forward(shape: Shape, schedule: Schedule) -> int:
 def _dense_backward(shape: Shape, schedule: Schedule) -> int:
     item = shape.product_dtype.itemsize
     window = min(schedule.backward_window, shape.vocabulary)
-    windows = math.ceil(shape.vocabulary / schedule.backward_window)
-    kept = min(shape.vocabulary, schedule.kept_windows * schedule.backward_window)
-    recomputed = windows - schedule.kept_windows - schedule.lodged_windows
-    raw = shape.tokens * (kept + (window if recomputed > 0 else 0)) * item
     hidden_partial = shape.tokens * shape.hidden * item if shape.hidden_gradient and _narrow(shape) else 0
     weight_partial = 0
     if shape.weight_gradient and shape.weight_dtype != shape.product_dtype:
         weight_partial = window * shape.hidden * item
-    return (
-        raw
+    while_multiplying = (
+        _logits(shape, shape.tokens, window, schedule)
         + _product_scratch(shape, shape.tokens * window * item)
         + _scratch(shape, shape.tokens, window, gradient=True)
         + _weight_copy(shape, window)
-        + _hidden_accumulator(shape)
         + hidden_partial
         + weight_partial
-        + _target_rows(shape)
     )
+    # The gradient of the hidden states itself is made from its accumulator at the end, and is no longer workspace.
+    return _hidden_accumulator(shape) + max(while_multiplying - _hidden_gradient(shape), _target_rows(shape))
+
+
+def _hidden_gradient(shape: Shape) -> int:
+    """Bytes of the gradient that the accumulator is rounded to."""
+    return shape.tokens * shape.hidden * shape.hidden_dtype.itemsize if _hidden_accumulator(shape) else 0
 
 
 def _chunked(shape: Shape, schedule: Schedule) -> int:

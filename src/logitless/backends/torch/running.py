@@ -49,15 +49,22 @@ class RunningStatistics:
         """Let the last window's log-sum-exp go to whoever holds it, and make room for the next."""
         self.window_logsumexp = torch.empty_like(self.window_logsumexp)
 
-    def add(self, raw: torch.Tensor, columns: slice, projection: Projection) -> None:
-        """Take in a tile of raw products [R, U], which stays as it is; windows come in order, all of one width."""
+    def add(self, raw: torch.Tensor, columns: slice, projection: Projection, *, leave_softmax: bool = False) -> None:
+        """Take in a tile of raw products [R, U]; windows come in order, all of one width.
+
+        The tile stays as it is, or with ``leave_softmax`` holds the softmax of its window.
+        """
         if self._index is None:
             self._index = TargetIndex(self._target, raw.shape[1], self._vocabulary)
         hit, local = self._index.within(columns)
         self._target_logit[hit] = projection.target_logits(raw[hit, local], self._target[hit])
+        in_place = leave_softmax and raw.dtype == projection.statistics_dtype
         for rows in slices(raw.shape[0], projection.scratch.rows(raw.shape[1])):
-            z = projection.scratch.take("z", rows.stop - rows.start, raw.shape[1]).copy_(raw[rows])
+            piece = raw[rows]
+            z = piece if in_place else projection.scratch.take("z", piece.shape[0], piece.shape[1]).copy_(piece)
             self._add_piece(projection.logits_(z, columns), rows, columns, projection)
+            if leave_softmax and not in_place:
+                piece.copy_(z)
 
     def _add_piece(self, z: torch.Tensor, rows: slice, columns: slice, projection: Projection) -> None:
         """Take in logits [R, U], which are used up."""
@@ -70,7 +77,7 @@ class RunningStatistics:
             smooth = z @ smoothing if isinstance(smoothing, torch.Tensor) else z.sum(1) * smoothing
             self._smooth[rows] += smooth
 
-        if projection.fused_softmax and self._weighted is None and self._prediction is None:
+        if projection.fused_softmax:
             # ``z`` becomes the window's own softmax, in units of its log-sum-exp.
             unit = projection.softmax_(z)
             self.window_logsumexp[rows] = unit
@@ -109,8 +116,9 @@ class RunningStatistics:
         maximum = torch.maximum(old, peak)
         reference = torch.where(maximum == -torch.inf, 0, maximum)
         shift = old - reference
-        self._maximum[rows] = maximum
-        return reference, shift.exp(), shift.masked_fill(old == -torch.inf, 0)
+        finite_shift = shift.masked_fill(old == -torch.inf, 0)
+        self._maximum[rows] = maximum  # and with it ``old``, a view
+        return reference, shift.exp(), finite_shift
 
     def finish(self) -> Statistics:
         """Statistics of the rows, all windows seen."""

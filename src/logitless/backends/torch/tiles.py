@@ -14,9 +14,9 @@ import torch
 
 from logitless.backends.contract import Coefficients, Problem, Shape
 
-# Elements of one scratch buffer. 2 MiB of fp32 stays in the L2 caches of two cores; on an accelerator, where the start
-# of a kernel costs more than a trip to memory, larger pieces are better.
-SCRATCH_ELEMENTS = {"cpu": 1 << 19}
+# Elements of one scratch buffer. 4 MiB of fp32 stays in the last-level cache, and half of it in the L2 caches of two
+# cores; on an accelerator, where the start of a kernel costs more than a trip to memory, larger pieces are better.
+SCRATCH_ELEMENTS = {"cpu": 1 << 20}
 SCRATCH_ELEMENTS_ELSEWHERE = 1 << 24
 
 # Stands in for logits of -inf (a bias that masks an entry) where a zero probability would multiply them.
@@ -68,6 +68,7 @@ class RowValues:
         coefficients: of ``Coefficients``; with the sampled gradient, ``a``, ``b`` and ``d`` weighted for one block.
         smoothing_outside: whether the rank-one part of the smoothing term is left to the caller.
         window_logsumexp: log-sum-exp of the logits within the window at hand, where the forward pass left it.
+        holds_softmax: whether the tile holds the softmax of the window instead of raw products.
     """
 
     logsumexp: torch.Tensor
@@ -76,6 +77,7 @@ class RowValues:
     coefficients: Coefficients
     smoothing_outside: bool = False
     window_logsumexp: torch.Tensor | None = None
+    holds_softmax: bool = False
 
     def rows(self, rows: slice | torch.Tensor) -> RowValues:
         """The values of some of the rows."""
@@ -86,6 +88,7 @@ class RowValues:
             self.coefficients.rows(rows),
             self.smoothing_outside,
             None if self.window_logsumexp is None else self.window_logsumexp[rows],
+            self.holds_softmax,
         )
 
 
@@ -119,13 +122,18 @@ class Projection:
         self.scratch = Scratch(scratch_elements(shape, rows, columns), self.statistics_dtype, self.hidden.device)
         self._bias = None if problem.bias is None else problem.bias.to(self.statistics_dtype)
         self._copied_weight: torch.Tensor | None = None
-        # PyTorch's softmax on the CPU is one pass of an exponential accurate to 20 ulp: 40 ms for 10^8 elements on two
-        # cores where subtraction, exp and sum take 85. Fine where logits carry 8 bits, not for fp32. It gives NaN for
-        # rows of -inf alone, which a bias can make.
-        self.fused_softmax = (
-            self.hidden.device.type == "cpu" and self.dtype != self.statistics_dtype and problem.bias is None
-        )
         self._copies = problem.weight.dtype != self.dtype or shape.weight_strided
+        # PyTorch's softmax on the CPU is one pass of an exponential accurate to 20 ulp, the one in its log-softmax: 40
+        # ms for 10^8 elements on two cores, where subtraction, exp and sum take 85. It makes NaN of rows of -inf alone,
+        # which a bias can give, and entropy and prediction need the logits beside the exponentials.
+        self.fused_softmax = (
+            self.hidden.device.type == "cpu"
+            and self.statistics_dtype == torch.float32
+            and problem.bias is None
+            and not shape.statistics & {"mean_logit", "prediction"}
+        )
+        self.leaves_softmax = self.fused_softmax and problem.head.softcap is None
+        """Whether a tile that is kept can hold its softmax: the gradient is a multiple of that, and needs no logits."""
 
     @property
     def copies_weight(self) -> bool:
@@ -204,7 +212,9 @@ class Projection:
     ) -> None:
         head, c, shape = self.problem.head, rows.coefficients, (raw.shape[0], raw.shape[1])
         in_place = raw.dtype == self.statistics_dtype
-        z = self.logits_(raw if in_place else self.scratch.take("z", *shape).copy_(raw), columns)
+        z = raw if in_place else self.scratch.take("z", *shape).copy_(raw)
+        if not rows.holds_softmax:
+            self.logits_(z, columns)
         chain = None
         if head.softcap is not None:
             chain = torch.div(z, head.softcap, out=self.scratch.take("chain", *shape)).square_().neg_().add_(1)
@@ -212,7 +222,7 @@ class Projection:
             window = rows.window_logsumexp
             if window is None:
                 window = self.softmax_(z)
-            else:
+            elif not rows.holds_softmax:
                 torch.softmax(z, 1, out=z)
             z.mul_(((window - rows.logsumexp).exp_() * c.a)[:, None])
         elif c.b is None:
