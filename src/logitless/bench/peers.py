@@ -33,7 +33,12 @@ def sampled(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) ->
 def available_peers() -> dict[str, Loss]:
     """Every way to compute the loss that this installation has, the baseline first."""
     peers: dict[str, Loss] = {BASELINE: two_stage, "logitless exact": exact, "logitless sampled": sampled}
-    chunked = getattr(F, "linear_cross_entropy", None)  # torch >= 2.13
-    if chunked is not None:
-        peers["torch linear_cross_entropy"] = lambda hidden, weight, target: chunked(hidden, weight, target)
+    if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
+        peers["torch chunked"] = torch_chunked
     return peers
+
+
+def torch_chunked(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """PyTorch's own operator with its default options; with ``options=None`` it is the two-stage pipeline itself."""
+    options = torch.nn.LinearCrossEntropyOptions()  # pyright: ignore[reportAttributeAccessIssue]
+    return F.linear_cross_entropy(hidden, weight, target, options=options)  # pyright: ignore[reportAttributeAccessIssue]
