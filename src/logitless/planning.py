@@ -2,7 +2,7 @@
 
 A backend says what a schedule holds (``workspace``). Candidates are tried in order of preference, and the first that
 fits the budget is taken; the budget is the caller's ``workspace=``, or by default an eighth of what the two-stage
-pipeline holds (logits, log-softmax and gradient of the logits), but at least 64 MiB.
+pipeline holds (log-softmax, its gradient and that of the logits) above the gradients' size, but at least 64 MiB.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WINDOWS = (8192, 4096, 2048, 1024, 512, 256)
 SMALL_WINDOWS = (128, 64, 32)
 TILE_ROWS = (2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 # What the thirty or so small operations on a window cost, in columns of one product.
-WINDOW_OVERHEAD = 256
+WINDOW_OVERHEAD = 128
 
 STRATEGIES: dict[Strategy, str] = {
     "loss_only": "no gradient is wanted",
@@ -174,8 +174,11 @@ def choose_backend(name: str, shape: Shape) -> str:
 
 
 def default_budget(shape: Shape) -> int:
-    """Bytes allowed where the caller does not say: an eighth of the two-stage pipeline's, at least 64 MiB."""
-    return max(LEAST_DEFAULT_BUDGET, two_stage_bytes(shape) // 8)
+    """Bytes allowed where the caller does not say.
+
+    An eighth of what the two-stage pipeline holds above the gradients' own size, at least 64 MiB.
+    """
+    return max(LEAST_DEFAULT_BUDGET, (two_stage_bytes(shape) - _gradient_bytes(shape)) // 8)
 
 
 def two_stage_bytes(shape: Shape) -> int:

@@ -14,9 +14,9 @@ import torch
 
 from logitless.backends.contract import Coefficients, Problem, Shape
 
-# Elements of one scratch buffer. 4 MiB of fp32 stays in the last-level cache, and half of it in the L2 caches of two
-# cores; on an accelerator, where the start of a kernel costs more than a trip to memory, larger pieces are better.
-SCRATCH_ELEMENTS = {"cpu": 1 << 20}
+# Elements of one scratch buffer. 2 MiB of fp32 stays in the L2 caches of two cores; on an accelerator, where the start
+# of a kernel costs more than a trip to memory, larger pieces are better.
+SCRATCH_ELEMENTS = {"cpu": 1 << 19}
 SCRATCH_ELEMENTS_ELSEWHERE = 1 << 24
 
 # Stands in for logits of -inf (a bias that masks an entry) where a zero probability would multiply them.
