@@ -93,7 +93,8 @@ def linear_cross_entropy(
         logit_scale: factor of the products, e.g. an inverse temperature.
         gradient: ``"exact"``, or ``Sampled(...)``: exact loss, unbiased gradient, a fraction of the cost.
         workspace: bytes to hold at most above inputs and gradients: an int, text such as ``"512MiB"``, or None for
-            the default policy (an eighth of what the two-stage pipeline holds, at least 64 MiB); see ``plan``.
+            the default policy: an eighth of what the two-stage pipeline holds, at least 64 MiB, exceeded where nothing
+            fits it. See ``plan``.
         backend: ``"auto"``, ``"torch"`` or ``"reference"``. A named backend runs or raises.
         group: process group over which the vocabulary is sharded; not supported yet.
 

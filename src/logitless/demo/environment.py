@@ -36,7 +36,7 @@ def describe_software() -> dict[str, str]:
         "logitless": logitless.__version__,
         "Python": platform.python_version(),
         **packages,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 
