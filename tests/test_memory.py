@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import logitless
-import logitless.planning
+import logitless.schedules
 import plain
 from allocations import peak_bytes
 from problems import Case, Problem
@@ -54,7 +54,7 @@ class Scenario:
     def forced(self) -> contextlib.AbstractContextManager:
         if self.strategy is None:
             return contextlib.nullcontext()
-        return logitless.planning.force_strategy(self.strategy)
+        return logitless.schedules.force_strategy(self.strategy)
 
 
 LARGE = Case(dtype=torch.float32, leading=(257,), vocabulary=2003)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import logitless
-import logitless.planning
+import logitless.schedules
 
 TOKENS, HIDDEN, VOCABULARY = 4, 8, 11
 
@@ -275,7 +275,7 @@ def test_sampled_refuses(options, exception, fragments):
 
 
 def force(strategy: str, **options) -> None:
-    with logitless.planning.force_strategy(strategy):
+    with logitless.schedules.force_strategy(strategy):
         logitless.linear_cross_entropy(**arguments(input=torch.ones(4, 8, requires_grad=True), **options))
 
 

@@ -79,12 +79,13 @@ def test_defaults():
         "workspace": None,
         "backend": "auto",
         "group": None,
+        "main_grad": None,
     }
 
 
 def test_module_has_the_options_of_the_function():
     """All that is not a tensor of the call is fixed when the module is made, and nothing else is."""
-    call = {"input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer"}
+    call = {"input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer", "main_grad"}
     function = inspect.signature(logitless.linear_cross_entropy).parameters
     logitless.LinearCrossEntropyLoss(**{name: p.default for name, p in function.items() if name not in call})
     for name in call:
@@ -137,6 +138,7 @@ RANKS = (
     {"cli", "__main__", "demo", "bench"},
     {"functional", "module"},
     {"validation", "objective", "planning", "operators"},
+    {"schedules"},
     {"backends", "sampling"},
     {"options"},
 )

@@ -13,8 +13,8 @@ import plain
 from implementations import (
     ANY_UPSTREAM,
     CHUNKED,
+    FORWARD_ONLY,
     IMPLEMENTATIONS,
-    LOSS_ONLY,
     SAMPLED,
     WINDOWED,
     Implementation,
@@ -205,7 +205,7 @@ def test_all_ignored_is_not_nan(implementation, reduction, options):
         assert results[name].isfinite().all()
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, LOSS_ONLY], ids=str)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *FORWARD_ONLY], ids=str)
 def test_loss_is_not_summed_in_low_precision(implementation):
     """The sum of 2,048 equal token losses is right to fp32, where bf16 stops growing at 256 times one of them.
 
@@ -213,7 +213,7 @@ def test_loss_is_not_summed_in_low_precision(implementation):
     """
     tokens, vocabulary = 2048, 129
     hidden = torch.ones(tokens, 2, dtype=torch.bfloat16)
-    weight = torch.zeros(vocabulary, 2, dtype=torch.bfloat16, requires_grad=implementation is not LOSS_ONLY)
+    weight = torch.zeros(vocabulary, 2, dtype=torch.bfloat16, requires_grad=implementation not in FORWARD_ONLY)
     implementation = replace(implementation, rows=implementation.rows and 100)
     loss = implementation.linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.int64), reduction="sum")
     assert loss.dtype == torch.float32
@@ -237,7 +237,7 @@ def test_bias_gives_no_negative_loss(implementation, dtype):
     loss_baseline(problem).check(loss_and_gradients(implementation.linear_cross_entropy, problem))
 
 
-@pytest.mark.parametrize("implementation", [*ANY_UPSTREAM, LOSS_ONLY], ids=str)
+@pytest.mark.parametrize("implementation", [*ANY_UPSTREAM, *FORWARD_ONLY], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 15.0])
 def test_log_probabilities_are_not_positive(implementation, dtype, softcap):

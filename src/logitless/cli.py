@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 DEMO_MODULES = ("matplotlib", "mistral_common", "numpy", "psutil", "rich")
+BENCH_MODULES = ("matplotlib", "psutil", "rich")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,33 +100,47 @@ def _add_bench(subcommands: Subcommands) -> None:
     parser = subcommands.add_parser(
         "bench",
         help="measure time, memory and error against the two-stage pipeline and other peers",
-        description="Measures forward and backward of every peer in turn, in one process, on the same inputs.",
+        description="Measures every peer in turn, in one process, on the same inputs: forward alone, forward and "
+        "backward, memory and errors, beside the matrix products alone.",
     )
     parser.add_argument("--cases", nargs="+", default=["gpt2", "tekken"], metavar="CASE", help="default: gpt2 tekken")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
-    parser.add_argument("--peers", nargs="+", default=None, metavar="PEER", help="default: all that are installed")
+    parser.add_argument("--peers", nargs="+", default=None, metavar="PEER", help="default: all that can run here")
+    parser.add_argument("--list", action="store_true", help="list cases and peers, and what peers lack here; then stop")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds a case (default: 5)")
+    parser.add_argument("--no-bound", action="store_true", help="leave out the matrix products, which hold all logits")
+    parser.add_argument(
+        "--slowest",
+        type=float,
+        metavar="SECONDS",
+        help="leave out peers whose forward and backward takes longer (default: 5 on a GPU, no limit on a CPU)",
+    )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--trained-head", type=Path, metavar="FILE", help="a trained model's hidden states and head")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the results")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the results; a figure beside it")
     parser.set_defaults(run=_bench)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    _require_extra("demo", DEMO_MODULES)
+    _require_extra("demo", BENCH_MODULES)
     import torch
     from rich.console import Console
 
     from logitless.bench.cases import CASES
-    from logitless.bench.peers import available_peers
+    from logitless.bench.peers import PEERS
     from logitless.bench.run import BenchConfig, run_bench
+    from logitless.bench.table import print_choices
 
-    peers = arguments.peers or list(available_peers())
-    for flag, given, known in (("--cases", arguments.cases, CASES), ("--peers", peers, available_peers())):
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.list:
+        print_choices(Console(), CASES, PEERS, torch.device(device))
+        return 0
+    peers = arguments.peers or list(PEERS)
+    for flag, given, known in (("--cases", arguments.cases, CASES), ("--peers", peers, PEERS)):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise InputError(f"{flag} must be among {', '.join(map(repr, known))}, got {unknown[0]!r}")
@@ -136,9 +151,11 @@ def _bench(arguments: argparse.Namespace) -> int:
         rounds=arguments.rounds,
         threads=arguments.threads,
         seed=arguments.seed,
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         trained_head=arguments.trained_head,
         output=arguments.output,
+        bound=not arguments.no_bound,
+        slowest=arguments.slowest,
     )
     return run_bench(config, shlex.join(["logitless", *sys.argv[1:]]), Console())
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from logitless import operators, planning, validation
-from logitless.backends.contract import Shape
+from logitless.backends.contract import Shape, weight_layout
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import Backend, FloatOutput, HeadOptions, IntegerOutput, LossOptions, Reduction, Sampled
 
@@ -60,6 +60,7 @@ def linear_cross_entropy(
     workspace: int | str | None = None,
     backend: Backend = "auto",
     group: Any = None,
+    main_grad: torch.Tensor | None = None,  # [V, D]
 ) -> torch.Tensor:
     """Cross-entropy of ``linear(input, linear_weight, linear_bias)`` and ``target``, without the logits.
 
@@ -95,8 +96,11 @@ def linear_cross_entropy(
         workspace: bytes to hold at most above inputs and gradients: an int, text such as ``"512MiB"``, or None for
             the default policy: an eighth of what the two-stage pipeline holds, at least 64 MiB, exceeded where nothing
             fits it. See ``plan``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``. A named backend runs or raises.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. A named backend runs or raises; ``"auto"`` takes
+            ``"triton"`` on CUDA devices where it can, else ``"torch"``.
         group: process group over which the vocabulary is sharded; not supported yet.
+        main_grad: fp32 [V, D], e.g. ``lm_head.weight.main_grad``: the weight's gradient is added there in the backward
+            pass, without a tensor of its own, and ``linear_weight.grad`` stays as it is.
 
     Returns:
         The loss: a scalar, or per token with 0 at ignored tokens; fp32, or fp64 for fp64 inputs. With nothing to count
@@ -148,6 +152,7 @@ def linear_cross_entropy(
         gradient=gradient,
         workspace=workspace,
         backend=backend,
+        main_grad=main_grad,
     )
     return loss if reduction != "none" else loss.view(target.shape)
 
@@ -166,6 +171,7 @@ def token_statistics(
     workspace: int | str | None = None,
     backend: Backend = "auto",
     group: Any = None,
+    main_grad: torch.Tensor | None = None,  # [V, D]
 ) -> TokenStatistics:
     """Per-token statistics of a language model's head, without the logits, from one pass.
 
@@ -185,6 +191,7 @@ def token_statistics(
         workspace: as in ``linear_cross_entropy``.
         backend: as in ``linear_cross_entropy``.
         group: as in ``linear_cross_entropy``.
+        main_grad: as in ``linear_cross_entropy``.
 
     Returns:
         The statistics, in the shape of ``target``.
@@ -209,6 +216,7 @@ def token_statistics(
         gradient=gradient,
         workspace=workspace,
         backend=backend,
+        main_grad=main_grad,
     )
     return TokenStatistics(**{name: value.view(target.shape) for name, value in zip(names, values, strict=True)})
 
@@ -224,26 +232,28 @@ class _Tokens:
         target: [N] int64 indices in [0, V).
         rows: [N] positions among the caller's tokens, None for all.
         counted: [N] float: 1, 0 or NaN.
+        mask: [N] bool tokens that are not ignored; None where all that are left count.
         total: how many tokens the caller gave.
     """
 
     target: torch.Tensor
     rows: torch.Tensor | None
     counted: torch.Tensor
+    mask: torch.Tensor | None
     total: int
 
     @classmethod
     def of(cls, target: torch.Tensor, vocabulary: int, ignore_index: int) -> _Tokens:
         flat = target.detach().reshape(-1).long()
         keep = flat != ignore_index
-        if flat.device.type == "cpu":
+        if flat.device.type == "cpu" and not torch.compiler.is_compiling():
             validation.check_targets_in_range(flat, vocabulary, ignore_index)
             rows = None if keep.all() else keep.nonzero()[:, 0]
             kept = flat if rows is None else flat[rows]
-            return cls(kept, rows, torch.ones(kept.shape[0]), flat.shape[0])
+            return cls(kept, rows, torch.ones(kept.shape[0]), None, flat.shape[0])
         inside = (flat >= 0) & (flat < vocabulary)
-        counted = keep.float().masked_fill_(keep & ~inside, torch.nan)
-        return cls(torch.where(keep & inside, flat, 0), None, counted, flat.shape[0])
+        counted = keep.float().masked_fill(keep & ~inside, torch.nan)
+        return cls(torch.where(keep & inside, flat, 0), None, counted, keep, flat.shape[0])
 
     def packed(self, values: torch.Tensor) -> torch.Tensor:
         """[...] values of all tokens -> [N] of those that count."""
@@ -284,6 +294,7 @@ def _evaluate(
     gradient: str | Sampled,
     workspace: int | str | None,
     backend: str,
+    main_grad: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """Plan the call and make it."""
     if head.softcap is not None:
@@ -291,8 +302,12 @@ def _evaluate(
     validation.check_number("logit_scale", head.logit_scale)
     sampled = validation.check_gradient(gradient)
     budget = validation.check_workspace(workspace)
+    if main_grad is not None:
+        validation.check_main_grad(main_grad, linear_weight)
     hidden = input.reshape(-1, input.shape[-1])
     recording = torch.is_grad_enabled()
+    if not (recording and linear_weight.requires_grad):
+        main_grad = None
     shape = Shape(
         tokens=tokens.target.shape[0],
         hidden=hidden.shape[1],
@@ -305,10 +320,12 @@ def _evaluate(
         weight_gradient=recording and linear_weight.requires_grad,
         bias_gradient=recording and linear_bias is not None and linear_bias.requires_grad,
         statistics=objective.statistics,
+        biased=linear_bias is not None,
         softcapped=head.softcap is not None,
         threshold=None if sampled is None else sampled.threshold,
         compacted=tokens.rows is not None or not hidden.is_contiguous(),
-        weight_strided=1 not in linear_weight.stride(),
+        weight_layout=weight_layout(linear_weight),
+        main_grad=main_grad is not None,
     )
     name = planning.choose_backend(backend, shape)
     plan = planning.choose(shape, name, objective.scalar, budget)
@@ -323,7 +340,9 @@ def _evaluate(
         total_rows=tokens.total,
         head=head,
         objective=objective,
+        counted=tokens.mask,
         smoothing=smoothing,
+        main_grad=main_grad,
         offsets=offsets,
     )
     return operators.apply(hidden, linear_weight, linear_bias, call)

@@ -9,7 +9,7 @@ import torch
 
 from logitless.functional import Normalizer, linear_cross_entropy
 
-_TENSORS_OF_A_CALL = {"input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer"}
+_TENSORS_OF_A_CALL = {"input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer", "main_grad"}
 _PARAMETERS = [
     parameter
     for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
@@ -25,8 +25,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     are. ``weight``, the class weights, is a buffer and moves with the module.
 
     Args:
-        **options: keyword options of ``linear_cross_entropy`` but for ``linear_bias``, ``token_weight`` and
-            ``normalizer``, which belong to a call.
+        **options: keyword options of ``linear_cross_entropy`` but for ``linear_bias``, ``token_weight``,
+            ``normalizer`` and ``main_grad``, which belong to a call.
 
     Raises:
         TypeError: an unknown option.
@@ -52,6 +52,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         linear_bias: torch.Tensor | None = None,  # [V]
         token_weight: torch.Tensor | None = None,  # [...]
         normalizer: Normalizer = None,
+        main_grad: torch.Tensor | None = None,  # [V, D]
     ) -> torch.Tensor:
         """The loss; arguments as in ``linear_cross_entropy``."""
         return linear_cross_entropy(
@@ -62,6 +63,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             weight=self.weight,
             token_weight=token_weight,
             normalizer=normalizer,
+            main_grad=main_grad,
             **self.options,
         )
 

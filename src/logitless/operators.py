@@ -38,7 +38,9 @@ class Call:
         total_rows: how many rows the caller gave.
         head: scale and cap of the logits.
         objective: from statistics to outputs.
+        counted: as in ``Problem``.
         smoothing: as in ``Problem``.
+        main_grad: as in ``Problem``.
         offsets: as in ``Problem``.
     """
 
@@ -49,7 +51,9 @@ class Call:
     total_rows: int
     head: HeadOptions
     objective: LossObjective | StatisticsObjective
+    counted: torch.Tensor | None
     smoothing: torch.Tensor | float | None
+    main_grad: torch.Tensor | None
     offsets: torch.Tensor | None
 
     def problem(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Problem:
@@ -62,7 +66,9 @@ class Call:
             bias=bias,
             target=self.target,
             head=self.head,
+            counted=self.counted,
             smoothing=self.smoothing,
+            main_grad=self.main_grad,
             offsets=self.offsets,
         )
 
@@ -145,6 +151,8 @@ def _gradients(
             problem = call.problem(hidden, weight, bias)
             coefficients = call.objective.coefficients(ctx.statistics, _packed(call, upstream))
             gradients = backend.backward(problem, call.plan.schedule, ctx.statistics, coefficients)
+            if call.plan.strategy != "sampled":  # its residuals are read only; the others' are used up
+                ctx.statistics = ctx.statistics.leaving(())
             del problem
         packed = _handed_on(gradients, "hidden", scale, hidden.dtype)
         return (

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 
 Reduction = Literal["mean", "sum", "none"]
-Backend = Literal["auto", "reference", "torch"]
+Backend = Literal["auto", "reference", "torch", "triton"]
 FloatOutput = Literal["nll", "logsumexp", "entropy"]
 IntegerOutput = Literal["prediction", "target_rank"]
 TokenOutput = Literal[FloatOutput, IntegerOutput]

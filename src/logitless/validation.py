@@ -106,6 +106,21 @@ def check_workspace(value: object) -> int | None:
     return count
 
 
+def check_main_grad(main_grad: object, linear_weight: torch.Tensor) -> None:
+    """An fp32 tensor in the weight's shape, on its device."""
+    if not isinstance(main_grad, torch.Tensor):
+        raise TypeError(f"main_grad must be a torch.Tensor or None, got {type(main_grad).__name__}")
+    expected = tuple(linear_weight.shape)
+    if tuple(main_grad.shape) != expected:
+        raise ValueError(f"main_grad must have shape {expected}, that of linear_weight, got {tuple(main_grad.shape)}")
+    if main_grad.dtype != torch.float32:
+        raise TypeError(f"main_grad must be torch.float32, got {main_grad.dtype}; it accumulates many steps")
+    if main_grad.device != linear_weight.device:
+        raise ValueError(f"main_grad must be on {linear_weight.device} like linear_weight, got {main_grad.device}")
+    if not main_grad.is_contiguous():
+        raise ValueError("main_grad must be contiguous, got strides " + str(main_grad.stride()))
+
+
 def check_group(group: object) -> None:
     """No process group: the vocabulary is not sharded yet."""
     if group is not None:

@@ -1,11 +1,17 @@
 """The contract between the operator and the code that computes it.
 
-A backend is a module with four functions:
+A backend is a module with these functions:
 
 ``unsupported(shape) -> str | None``
     why it cannot serve a problem, or None; shared by dispatch, ``logitless check``, test skips and documentation.
 ``workspace(shape, schedule) -> int``
     an upper bound, in bytes, of what it holds above inputs and gradients under a schedule.
+``window_multiple(shape) -> int``
+    what a schedule's windows must be a multiple of, unless they span the vocabulary.
+``cost(shape, schedule) -> float | None``
+    seconds, roughly, to rank schedules; None where the planner's order of preference decides.
+``residuals(shape, schedule) -> sizes and dtypes``
+    of the tensors that ``forward`` leaves for ``backward``, as far as these are known before.
 ``forward(problem, schedule) -> Statistics``
     one pass over the logits.
 ``backward(problem, schedule, statistics, coefficients) -> Gradients``
@@ -21,13 +27,20 @@ N tokens, D hidden, V vocabulary; the rows of a ``Problem`` are those that count
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 
 from logitless.options import HeadOptions
 
+TensorForm = tuple[tuple[int, ...], torch.dtype]
+"""Size and dtype of a tensor."""
+
+# Index among the residuals of the buffer that becomes the weight's gradient, where a schedule lodges windows.
+LODGING = 0
+
+WeightLayout = Literal["rows", "columns", "unaligned", "strided"]
 Strategy = Literal["loss_only", "stored", "chunked", "windowed", "sampled"]
 Statistic = Literal["mean_logit", "smooth_logit", "prediction", "target_rank"]
 
@@ -48,10 +61,13 @@ class Shape:
         weight_gradient: whether that of the weight is.
         bias_gradient: whether that of the bias is.
         statistics: what is wanted of each row besides logsumexp and target logit.
+        biased: whether the head has a bias.
         softcapped: whether the logits are capped.
         threshold: that of the sampled gradient, None for the exact one.
         compacted: whether the hidden states are a packed copy of the caller's (rows left out, or unusual strides).
-        weight_strided: whether no dimension of the weight is contiguous, so that products need a copy of it.
+        weight_layout: of the weight in memory: ``"rows"`` one after the other, aligned to 16 bytes; ``"columns"`` one
+            after the other; ``"unaligned"`` rows; or ``"strided"``, neither.
+        main_grad: whether the weight's gradient is added to an fp32 buffer of the caller's.
     """
 
     tokens: int
@@ -65,10 +81,12 @@ class Shape:
     weight_gradient: bool
     bias_gradient: bool
     statistics: frozenset[Statistic]
+    biased: bool
     softcapped: bool
     threshold: float | None
     compacted: bool
-    weight_strided: bool
+    weight_layout: WeightLayout
+    main_grad: bool
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -112,6 +130,14 @@ class Schedule:
     backward_window: int = 0
 
 
+def weight_layout(weight: torch.Tensor) -> WeightLayout:
+    """How a weight [V, D] lies in memory."""
+    if weight.stride(1) == 1:
+        aligned = (weight.data_ptr() | weight.stride(0) * weight.element_size()) % 16 == 0
+        return "rows" if aligned else "unaligned"
+    return "columns" if weight.stride(0) == 1 else "strided"
+
+
 def lodging_spacing(shape: Shape, window: int) -> int:
     """Elements, in the product dtype, from one window's logits to the next in the weight gradient's buffer."""
     slice_elements = window * shape.hidden * shape.weight_dtype.itemsize // shape.product_dtype.itemsize
@@ -129,7 +155,10 @@ class Problem:
         bias: [V], or None.
         target: [N] int64 vocabulary indices, all in [0, V) where the device could be asked.
         head: scale and cap of the logits.
+        counted: [N] bool rows that count; None for all. The others' coefficients are zero, and a backend may leave
+            their statistics zero and skip their work.
         smoothing: [V] weight of each logit in ``smooth_logit``, one number for all, or None where not wanted.
+        main_grad: [V, D] fp32 to which the weight's gradient is added; ``Gradients.weight`` is None then.
         offsets: [N] float64 in [0, 1), where each row's systematic sample starts; None for the exact gradient.
     """
 
@@ -139,36 +168,10 @@ class Problem:
     bias: torch.Tensor | None
     target: torch.Tensor
     head: HeadOptions
+    counted: torch.Tensor | None
     smoothing: torch.Tensor | float | None
+    main_grad: torch.Tensor | None
     offsets: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What the sampled gradient keeps: pairs of a row and a vocabulary block, grouped by block.
-
-    Attributes:
-        rows: [P] int32 row of each pair; ascending within a block, so no row twice.
-        weights: [P] inverse inclusion probability; 0 where the block is listed for its target alone.
-        starts: [B + 1] on the CPU: the pairs of block b are ``starts[b]`` to ``starts[b + 1]``.
-    """
-
-    rows: torch.Tensor
-    weights: torch.Tensor
-    starts: torch.Tensor
-
-
-@dataclass
-class Residuals:
-    """What a forward pass leaves for the backward pass besides statistics; the backward pass may use it up."""
-
-    logits: dict[int, torch.Tensor] = field(default_factory=dict)
-    """First column of a window -> its raw products [N, window], to be overwritten by their gradient."""
-    window_logsumexp: dict[int, torch.Tensor] = field(default_factory=dict)
-    """First column of a window -> [N] log-sum-exp of the row's logits within it, where that saves a pass."""
-    weight_gradient: torch.Tensor | None = None
-    """[V, D] the buffer of the weight gradient, where it holds some of these products until it is written."""
-    pairs: Pairs | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class Statistics:
         smooth_logit: sum of the logits weighted by ``Problem.smoothing``, or None.
         prediction: int64 index of the largest logit, or None.
         target_rank: int64 number of other entries with a logit above the target's, or None.
-        residuals: what the backward pass of the same backend may reuse.
+        residuals: tensors that the backward pass of the same backend may reuse, and use up: see ``residuals``.
     """
 
     logsumexp: torch.Tensor
@@ -191,7 +194,11 @@ class Statistics:
     smooth_logit: torch.Tensor | None = None
     prediction: torch.Tensor | None = None
     target_rank: torch.Tensor | None = None
-    residuals: Residuals = field(default_factory=Residuals)
+    residuals: tuple[torch.Tensor, ...] = ()
+
+    def leaving(self, residuals: tuple[torch.Tensor, ...]) -> Statistics:
+        """The same statistics, with something for the backward pass."""
+        return replace(self, residuals=residuals)
 
 
 @dataclass(frozen=True)
@@ -234,6 +241,18 @@ class BackendModule(Protocol):
 
     def workspace(self, shape: Shape, schedule: Schedule) -> int:
         """Upper bound, in bytes, of what the backend holds above inputs and gradients."""
+        ...
+
+    def window_multiple(self, shape: Shape) -> int:
+        """What windows must be a multiple of."""
+        ...
+
+    def cost(self, shape: Shape, schedule: Schedule) -> float | None:
+        """Seconds, roughly; None where the planner's order of preference decides."""
+        ...
+
+    def residuals(self, shape: Shape, schedule: Schedule) -> list[TensorForm]:
+        """Sizes and dtypes of ``Statistics.residuals``."""
         ...
 
     def forward(self, problem: Problem, schedule: Schedule) -> Statistics:

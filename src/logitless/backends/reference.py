@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics
+from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics, TensorForm
 from logitless.options import BLOCK
 from logitless.sampling import block_sums, inclusion_weights, mix_in_smoothing
 
@@ -31,6 +31,23 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
     del schedule
     n, d, v = shape.tokens, shape.hidden, shape.vocabulary
     return shape.statistics_dtype.itemsize * (12 * n * v + 4 * n * d + 4 * v * d) + 256 * (n + v)
+
+
+def window_multiple(shape: Shape) -> int:
+    """It has no windows."""
+    del shape
+    return 1
+
+
+def cost(shape: Shape, schedule: Schedule) -> float | None:
+    """None: the planner's order of preference decides."""
+    del shape, schedule
+
+
+def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
+    """Nothing is left."""
+    del shape, schedule
+    return []
 
 
 def _operands(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,9 +125,13 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         assert problem.smoothing is not None
         dz = dz - (1 - r * k) * (coefficients.d[:, None] * problem.smoothing)
 
+    weight_gradient = head.logit_scale * (dz.T @ hidden) if shape.weight_gradient else None
+    if problem.main_grad is not None and weight_gradient is not None:
+        problem.main_grad.add_(weight_gradient)
+        weight_gradient = None
     return Gradients(
         hidden=head.logit_scale * (dz @ weight) if shape.hidden_gradient else None,
-        weight=head.logit_scale * (dz.T @ hidden) if shape.weight_gradient else None,
+        weight=weight_gradient,
         bias=dz.sum(0) if shape.bias_gradient else None,
     )
 

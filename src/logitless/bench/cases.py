@@ -24,6 +24,8 @@ class Case:
         vocabulary: V; that of the trained head where ``trained``.
         trained: whether inputs come from a trained model, so that the softmax is a real one.
         description: what it stands for.
+        on_device: whether random inputs are drawn where the loss is computed, anew for every round. Meant for a GPU:
+            drawing a billion numbers on a CPU takes longer than the benchmark.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Case:
     vocabulary: int
     trained: bool
     description: str
+    on_device: bool = False
 
 
 CASES = {
@@ -41,6 +44,9 @@ CASES = {
         Case("tekken", 1024, 512, 131072, False, "a small model under a 131,072-token tokenizer, random inputs"),
         Case("smollm2", 2048, 768, 49152, True, "SmolLM2-135M's trained head on real text, widened to D=768"),
         Case("smollm2-narrow", 1024, 576, 49152, True, "SmolLM2-135M's trained head on real text, at its own width"),
+        Case("llama3", 8192, 4096, 128256, False, "Llama 3 8B's head, random inputs", on_device=True),
+        Case("gemma", 8192, 2304, 262144, False, "Gemma's vocabulary, random inputs", on_device=True),
+        Case("gemma-long", 32768, 2304, 262144, False, "the same, four times the tokens", on_device=True),
     )
 }
 
@@ -66,6 +72,14 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int,
     Raises:
         ValueError: the case needs a trained head and none was given, or it is too narrow or has too few rows.
     """
+    if case.on_device:
+        inputs = Inputs(
+            torch.empty(case.tokens, case.hidden, dtype=dtype, device=device),
+            torch.empty(case.vocabulary, case.hidden, dtype=dtype, device=device),
+            torch.empty(case.tokens, dtype=torch.int64, device=device),
+        )
+        redraw(inputs, seed)
+        return inputs
     if not case.trained:
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.randn(case.tokens, case.hidden, generator=generator)
@@ -81,3 +95,12 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int,
         hidden, weight = widen(head.hidden[rows], head.weight, case.hidden)
         target = head.target[rows]
     return Inputs(hidden.to(device, dtype), weight.to(device, dtype), target.to(device))
+
+
+def redraw(inputs: Inputs, seed: int) -> None:
+    """Fill the tensors with fresh random numbers, in place: hidden states N(0, 1), weight N(0, 1) / sqrt(D)."""
+    generator = torch.Generator(inputs.hidden.device).manual_seed(seed)
+    vocabulary, width = inputs.weight.shape
+    inputs.hidden.normal_(generator=generator)
+    inputs.weight.normal_(std=width**-0.5, generator=generator)
+    inputs.target.random_(vocabulary, generator=generator)

@@ -1,165 +1,250 @@
-"""The protocol, in code.
+"""The protocol, in code; ``benchmarks/README.md`` has it in words.
 
-Time: rounds in which every peer runs once, forward and backward, in turn, after one round that does not count; given
-are the median over rounds and, since other work on the machine slows a round as a whole, the median over rounds of the
-ratio to the baseline's time in the same round. Memory: the largest sum of live allocations above those at the start,
-less the gradients, from a run of its own under PyTorch's allocation profiler. Error: of loss and gradients against the
-two-stage pipeline in the next wider dtype on the same inputs.
+Time: rounds in which every contender runs once, the forward pass alone and then forward and backward, in turn, after
+one round that does not count. Given are the median over rounds and, since other work on the machine and the heat of a
+GPU slow a round as a whole, medians over rounds of ratios to times in the same round: to the baseline's, and to those
+of the matrix products alone. Memory: the largest sum of live allocations above those at the start, from a run of its
+own. Error: of loss and gradients against a wider dtype on the same inputs. A peer that fails says why and is left out
+of what follows; one that breaks the device ends the measurement, to be repeated without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from logitless.bench import products
+from logitless.bench.accuracy import Errors, Gradients, compute, errors, reference
 from logitless.bench.cases import Inputs
-from logitless.bench.peers import BASELINE, Loss, two_stage
+from logitless.bench.clock import Runs, seconds
+from logitless.bench.isolation import PeerLostError, Progress
+from logitless.bench.memory import peak_bytes
+from logitless.bench.peers import BASELINE, Loss, Peer
+
+# Characters of an error that are kept: those of compilers are long, and say what is wrong at their beginning.
+LONGEST_MESSAGE = 2000
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One peer on one case.
+    """One peer on one case. What could not be measured is None.
 
     Attributes:
         peer: its name.
         median_s: seconds of forward and backward.
         rounds_s: of each round.
         ratio: to the baseline's time in the same round, median.
-        peak_mib: memory above inputs and gradients; None where it could not be measured.
-        peak_ratio: to the baseline's.
+        bound_ratio: to the time of the three matrix products in the same round, median.
+        forward_median_s: seconds of the forward pass alone, without gradients.
+        forward_rounds_s: of each round.
+        logits_ratio: of the forward pass to the time of the product that makes the logits, in the same round, median.
+        peak_mib: memory above inputs and gradients.
+        peak_with_gradients_mib: memory above inputs.
+        peak_ratio: of ``peak_mib`` to the baseline's.
         loss_error: absolute, against the wider reference.
         hidden_error: relative error of the gradient of the hidden states, in the Frobenius norm.
         weight_error: that of the weight's.
+        error: why something is missing.
     """
 
     peer: str
-    median_s: float
-    rounds_s: list[float]
-    ratio: float
-    peak_mib: float
-    peak_ratio: float
-    loss_error: float
-    hidden_error: float
-    weight_error: float
+    median_s: float | None = None
+    rounds_s: list[float] = field(default_factory=list)
+    ratio: float | None = None
+    bound_ratio: float | None = None
+    forward_median_s: float | None = None
+    forward_rounds_s: list[float] = field(default_factory=list)
+    logits_ratio: float | None = None
+    peak_mib: float | None = None
+    peak_with_gradients_mib: float | None = None
+    peak_ratio: float | None = None
+    loss_error: float | None = None
+    hidden_error: float | None = None
+    weight_error: float | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
-class _Gradients:
-    loss: torch.Tensor
-    hidden: torch.Tensor
-    weight: torch.Tensor
+class CaseResult:
+    """One case in one dtype.
+
+    Attributes:
+        bound: the matrix products alone; None where they were left out.
+        measurements: of the peers.
+    """
+
+    bound: Measurement | None
+    measurements: list[Measurement]
 
 
-def measure(inputs: Inputs, peers: dict[str, Loss], rounds: int, progress: Callable[[str], None]) -> list[Measurement]:
-    """Measure every peer on one case's inputs; the baseline is among them."""
-    wider = torch.float64 if inputs.hidden.dtype == torch.float32 else torch.float32
-    progress("reference")
-    reference = _run(two_stage, Inputs(inputs.hidden.to(wider), inputs.weight.to(wider), inputs.target))
-    errors, peaks = {}, {}
-    for name, loss in peers.items():
-        progress(f"{name}: error and memory")
-        errors[name] = _errors(_run(loss, inputs), reference)
-        peaks[name] = peak_bytes(lambda loss=loss: _run(loss, inputs), _gradient_bytes(inputs))
-    del reference
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for number in range(rounds + 1):
-        for name, loss in peers.items():
-            progress(f"round {number} of {rounds}: {name}")
-            gc.collect()
-            seconds = _time(loss, inputs)
-            if number:
-                times[name].append(seconds)
-    return [
-        Measurement(
-            peer=name,
-            median_s=statistics.median(times[name]),
-            rounds_s=times[name],
-            ratio=statistics.median(a / b for a, b in zip(times[name], times[BASELINE], strict=True)),
-            peak_mib=peaks[name] / 2**20,
-            peak_ratio=peaks[name] / peaks[BASELINE],
-            loss_error=errors[name][0],
-            hidden_error=errors[name][1],
-            weight_error=errors[name][2],
-        )
-        for name in peers
-    ]
+@dataclass(frozen=True)
+class Protocol:
+    """How to measure.
+
+    Attributes:
+        rounds: that count.
+        bound: whether to time the matrix products too, which needs room for all logits.
+        slowest: seconds of one forward and backward pass from which a peer is left out of the rounds; None for any.
+        redraw: fills the inputs afresh for a round; None to keep them.
+        barred: reasons not to run, by peer.
+    """
+
+    rounds: int
+    bound: bool = True
+    slowest: float | None = None
+    redraw: Callable[[int], None] | None = None
+    barred: Mapping[str, str] = field(default_factory=dict)
 
 
-def _run(loss: Loss, inputs: Inputs) -> _Gradients:
-    hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
-    value = loss(hidden, weight, inputs.target)
-    value.backward()
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return _Gradients(value.detach(), hidden.grad, weight.grad)
+@dataclass
+class _Contender:
+    """What is known so far.
+
+    Attributes:
+        name: of the peer, or of the matrix products.
+        start: makes its runs ready; what they hold is freed with them.
+        forward: seconds of each round.
+        both: likewise.
+        errors: None until measured.
+        peak: bytes, gradients included; None until measured.
+        failure: why it takes no further part.
+    """
+
+    name: str
+    start: Callable[[], Runs] | None = None
+    forward: list[float] = field(default_factory=list)
+    both: list[float] = field(default_factory=list)
+    errors: Errors | None = None
+    peak: int | None = None
+    failure: str | None = None
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def measure(inputs: Inputs, peers: Sequence[Peer], protocol: Protocol, progress: Progress) -> CaseResult:
+    """Measure the peers, the baseline among them, on one case's inputs.
 
-
-def _time(loss: Loss, inputs: Inputs) -> float:
-    _synchronise(inputs.hidden.device)
-    start = time.perf_counter()
-    gradients = _run(loss, inputs)
-    _synchronise(inputs.hidden.device)
-    seconds = time.perf_counter() - start
-    del gradients
-    return seconds
-
-
-def _errors(ours: _Gradients, reference: _Gradients) -> tuple[float, float, float]:
-    def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((a.to(b.dtype) - b).norm() / b.norm())
-
-    return (
-        float((ours.loss.to(reference.loss.dtype) - reference.loss).abs()),
-        relative(ours.hidden, reference.hidden),
-        relative(ours.weight, reference.weight),
+    Raises:
+        PeerLostError: the device cannot be used any more after what a peer did.
+    """
+    progress("reference", "")
+    right = reference(inputs)
+    contenders = []
+    for peer in peers:
+        contender = _Contender(peer.name, failure=protocol.barred.get(peer.name))
+        contenders.append(contender)
+        if contender.failure is None:
+            progress(peer.name, "error and memory")
+            _first_look(contender, peer, inputs, right, protocol.slowest)
+    del right
+    bound = None
+    if protocol.bound:
+        barred = protocol.barred.get(products.NAME)
+        bound = _Contender(products.NAME, lambda: products.products(inputs), failure=barred)
+    _run_rounds([*([bound] if bound else []), *contenders], inputs.hidden.device, protocol, progress)
+    baseline = next(contender for contender in contenders if contender.name == BASELINE)
+    gradients = inputs.hidden.nbytes + inputs.weight.nbytes
+    return CaseResult(
+        _measurement(bound, baseline, bound, gradients) if bound else None,
+        [_measurement(contender, baseline, bound, gradients) for contender in contenders],
     )
 
 
-def _gradient_bytes(inputs: Inputs) -> int:
-    return inputs.hidden.nbytes + inputs.weight.nbytes
+def _first_look(contender: _Contender, peer: Peer, inputs: Inputs, right: Gradients, slowest: float | None) -> None:
+    """Errors, memory, and whether the peer runs at all; compiles and tunes what it does at a first call."""
+    device = inputs.hidden.device
+    with _failing(contender, device):
+        loss = peer.load()
+        contender.start = lambda: _runs(loss, inputs)
+        contender.errors = errors(compute(loss, inputs), right)
+        contender.peak = peak_bytes(lambda: compute(loss, inputs), device)
+        if slowest is not None:
+            elapsed = seconds(lambda: compute(loss, inputs), device)
+            if elapsed > slowest:
+                contender.failure = f"left out of the rounds: forward and backward took {elapsed:.1f} s"
 
 
-def peak_bytes(run: Callable[[], Any], result_bytes: int) -> int:
-    """Most bytes live at once during ``run`` above those live before, less ``result_bytes``."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before - result_bytes
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        result = run()
-        del result
-    live = peak = 0
-    for event in _allocations(profiler):
-        live += event
-        peak = max(peak, live)
-    return peak - result_bytes
+def _runs(loss: Loss, inputs: Inputs) -> Runs:
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return loss(inputs.hidden, inputs.weight, inputs.target)
+
+    return Runs(forward, lambda: compute(loss, inputs))
 
 
-def _allocations(profiler: torch.profiler.profile) -> list[int]:
-    """Sizes of allocations, and of frees as negative numbers, in order of time."""
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    found: list[tuple[int, int]] = []
+def _run_rounds(contenders: list[_Contender], device: torch.device, protocol: Protocol, progress: Progress) -> None:
+    for number in range(protocol.rounds + 1):
+        if protocol.redraw is not None:
+            protocol.redraw(number)
+        for contender in contenders:
+            if contender.failure is not None:
+                continue
+            progress(contender.name, f"round {number} of {protocol.rounds}")
+            gc.collect()
+            with _failing(contender, device):
+                forward, both = _time(contender, device)
+                if number:
+                    contender.forward.append(forward)
+                    contender.both.append(both)
 
-    def walk(events: list[Any]) -> None:
-        for event in events:
-            if event.tag.name == "Allocation":
-                found.append((event.start_time_ns, event.extra_fields.alloc_size))
-            walk(event.children)
 
-    walk(profiler.profiler.kineto_results.experimental_event_tree())
-    return [size for _, size in sorted(found, key=lambda pair: pair[0])]
+def _time(contender: _Contender, device: torch.device) -> tuple[float, float]:
+    assert contender.start is not None
+    runs = contender.start()
+    return seconds(runs.forward, device), seconds(runs.both, device)
+
+
+@contextlib.contextmanager
+def _failing(contender: _Contender, device: torch.device) -> Iterator[None]:
+    """Whatever a peer raises becomes its failure, and what it held is freed for the others."""
+    try:
+        yield
+    except Exception as error:  # a peer's code may raise anything
+        contender.failure = f"{type(error).__name__}: {str(error).strip()}"[:LONGEST_MESSAGE]
+    if contender.failure is None:
+        return
+    contender.forward, contender.both = [], []
+    gc.collect()
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            raise PeerLostError(contender.name, contender.failure) from None
+
+
+def _measurement(
+    contender: _Contender, baseline: _Contender, bound: _Contender | None, gradient_bytes: int
+) -> Measurement:
+    above_gradients = None if contender.peak is None else contender.peak - gradient_bytes
+    return Measurement(
+        peer=contender.name,
+        median_s=_median(contender.both),
+        rounds_s=contender.both,
+        ratio=_ratio(contender.both, baseline.both),
+        bound_ratio=_ratio(contender.both, bound.both if bound else []),
+        forward_median_s=_median(contender.forward),
+        forward_rounds_s=contender.forward,
+        logits_ratio=_ratio(contender.forward, bound.forward if bound else []),
+        peak_mib=None if above_gradients is None else above_gradients / 2**20,
+        peak_with_gradients_mib=None if contender.peak is None else contender.peak / 2**20,
+        peak_ratio=None
+        if above_gradients is None or baseline.peak is None
+        else above_gradients / (baseline.peak - gradient_bytes),
+        loss_error=contender.errors.loss if contender.errors else None,
+        hidden_error=contender.errors.hidden if contender.errors else None,
+        weight_error=contender.errors.weight if contender.errors else None,
+        error=contender.failure,
+    )
+
+
+def _median(times: list[float]) -> float | None:
+    return statistics.median(times) if times else None
+
+
+def _ratio(times: list[float], others: list[float]) -> float | None:
+    """Median over rounds; None where either did not take part."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True)) if times and others else None

@@ -1,21 +1,29 @@
-"""Run the benchmark: every case in every dtype, a table on the terminal, a JSON file with what it was measured on."""
+"""Run the benchmark: every case in every dtype, a table each, and files of results with what they were measured on."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from logitless import planning
-from logitless.bench.cases import CASES, Case, make_inputs
-from logitless.bench.measure import Measurement, measure
-from logitless.bench.peers import BASELINE, available_peers
-from logitless.demo.environment import describe_hardware, describe_software
+from logitless.bench import environment, products
+from logitless.bench.cases import CASES, Case, make_inputs, redraw
+from logitless.bench.isolation import PeerLostError, Progress, call_isolated
+from logitless.bench.measure import CaseResult, Protocol, measure
+from logitless.bench.peers import BASELINE, PEERS, Peer
+from logitless.bench.plot import draw
+from logitless.bench.table import print_case
+
+# Seconds of one forward and backward pass, from which a peer on a GPU is left out of the rounds.
+SLOWEST_ON_GPU = 5.0
+# Seconds that a peer on a GPU may take to compile, to tune and for two passes, before it is given up.
+PATIENCE = 150.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,10 @@ class BenchConfig:
         seed: of the random inputs.
         device: where.
         trained_head: file of a trained head, for the cases that need one.
-        output: the JSON file.
+        output: the JSON file; a figure is drawn beside it.
+        bound: whether to time the matrix products alone, which needs room for all logits.
+        slowest: seconds of one forward and backward pass from which a peer is left out of the rounds; None for
+            ``SLOWEST_ON_GPU`` there and no limit on a CPU.
     """
 
     cases: tuple[str, ...]
@@ -43,6 +54,8 @@ class BenchConfig:
     device: str
     trained_head: Path | None
     output: Path | None
+    bound: bool = True
+    slowest: float | None = None
 
 
 def run_bench(config: BenchConfig, command: str, console: Console) -> int:
@@ -50,82 +63,127 @@ def run_bench(config: BenchConfig, command: str, console: Console) -> int:
 
     Raises:
         ValueError: a trained head is needed and missing, or unfit.
+        PeerLostError: on a GPU, the process died, and not at a peer's work.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    peers = {name: loss for name, loss in available_peers().items() if name in (BASELINE, *config.peers)}
-    results = []
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    device = torch.device(config.device)
+    _, lacking = _choose_peers(config, device)
+    for name, reason in lacking.items():
+        console.print(f"{name}: not measured, {reason}", highlight=False)
+    report = _Report(command, datetime.now(timezone.utc).isoformat(timespec="seconds"), lacking)
     for name in config.cases:
-        case = CASES[name]
         for dtype in config.dtypes:
-            inputs = make_inputs(
-                case, getattr(torch, dtype), torch.device(config.device), config.seed, config.trained_head
-            )
             with console.status(f"{name} {dtype}") as status:
-                measurements = measure(
-                    inputs,
-                    peers,
-                    config.rounds,
-                    lambda what, status=status, name=name, dtype=dtype: status.update(f"{name} {dtype}: {what}"),
+                result = _measure(
+                    config,
+                    name,
+                    dtype,
+                    lambda who, what, status=status, name=name, dtype=dtype: status.update(
+                        f"{name} {dtype}: {who} {what}"
+                    ),
                 )
-            console.print(_table(case, dtype, measurements))
-            plan = planning.plan(
-                tokens=case.tokens,
-                hidden=case.hidden,
-                vocabulary=case.vocabulary,
-                dtype=dtype,
-                device=config.device,
-            )
-            results.append(
-                {
-                    "case": asdict(case),
-                    "dtype": dtype,
-                    "plan": str(plan),
-                    "measurements": [asdict(measurement) for measurement in measurements],
-                }
-            )
+            print_case(console, CASES[name], dtype, result)
+            report.results.append((CASES[name], dtype, result))
             if config.output is not None:
-                _write(config, command, started, results)
+                _write(config, config.output, report)
     if config.output is not None:
-        console.print(f"written: {config.output}")
+        console.print(f"\nwritten: {config.output}, {_figure(config.output)}")
     return 0
 
 
-def _table(case: Case, dtype: str, measurements: list[Measurement]) -> Table:
-    title = f"{case.name}: N={case.tokens} D={case.hidden} V={case.vocabulary} {dtype} ({case.description})"
-    table = Table(title=title, title_justify="left")
-    table.add_column("forward + backward")
-    for heading in ("median s", "ratio", "peak MiB", "ratio", "loss error", "dX error", "dW error"):
-        table.add_column(heading, justify="right")
-    for m in measurements:
-        table.add_row(
-            m.peer,
-            f"{m.median_s:.3f}",
-            f"{m.ratio:.2f}",
-            f"{m.peak_mib:.1f}",
-            f"{m.peak_ratio:.3f}",
-            f"{m.loss_error:.1e}",
-            f"{m.hidden_error:.1e}",
-            f"{m.weight_error:.1e}",
-        )
-    return table
+def _measure(config: BenchConfig, name: str, dtype: str, progress: Progress) -> CaseResult:
+    """One case in one dtype: on a GPU in a process of its own, again without each peer that ended it."""
+    barred: dict[str, str] = {}
+    if torch.device(config.device).type != "cuda":
+        return measure_case(config, name, dtype, barred, progress)
+    while True:
+        try:
+            return call_isolated(measure_case, config, name, dtype, barred, progress=progress, patience=PATIENCE)
+        except PeerLostError as lost:
+            if lost.peer in barred or lost.peer not in (*PEERS, products.NAME):
+                raise
+            barred[lost.peer] = lost.reason
 
 
-def _write(config: BenchConfig, command: str, started: str, results: list[dict]) -> None:
-    """Replace the file in one step, so that a run that is stopped leaves the cases it finished."""
-    assert config.output is not None
-    config.output.parent.mkdir(parents=True, exist_ok=True)
+def measure_case(config: BenchConfig, name: str, dtype: str, barred: dict[str, str], progress: Progress) -> CaseResult:
+    """Measure one case in one dtype in this process, without the peers barred for a reason.
+
+    Raises:
+        ValueError: a trained head is needed and missing, or unfit.
+        PeerLostError: a peer broke the device.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    case = CASES[name]
+    inputs = make_inputs(case, getattr(torch, dtype), device, config.seed, config.trained_head)
+    protocol = Protocol(
+        rounds=config.rounds,
+        bound=config.bound,
+        slowest=config.slowest or (SLOWEST_ON_GPU if device.type == "cuda" else None),
+        redraw=(lambda number: redraw(inputs, config.seed + number)) if case.on_device else None,
+        barred=barred,
+    )
+    peers, _ = _choose_peers(config, device)
+    return measure(inputs, peers, protocol, progress)
+
+
+@dataclass
+class _Report:
+    """What is written.
+
+    Attributes:
+        command: that was given.
+        started: when.
+        lacking: by peer that was not measured, what it lacks.
+        results: by case and dtype.
+    """
+
+    command: str
+    started: str
+    lacking: dict[str, str]
+    results: list[tuple[Case, str, CaseResult]] = field(default_factory=list)
+
+
+def _choose_peers(config: BenchConfig, device: torch.device) -> tuple[list[Peer], dict[str, str]]:
+    """Those to measure, the baseline first; and of those asked for that cannot run, why."""
+    wanted = [peer for name, peer in PEERS.items() if name in (BASELINE, *config.peers)]
+    reasons = {peer.name: peer.lacks(device) for peer in wanted}
+    lacking = {name: reason for name, reason in reasons.items() if reason is not None}
+    return [peer for peer in wanted if peer.name not in lacking], lacking
+
+
+def _write(config: BenchConfig, output: Path, report: _Report) -> None:
+    """Replace the files in one step each, so that a run that is stopped leaves the cases it finished."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "command": command,
-        "started": started,
-        "hardware": describe_hardware(config.device),
-        "software": describe_software(),
+        "command": report.command,
+        "started": report.started,
+        "hardware": environment.hardware(torch.device(config.device)),
+        "software": environment.software(),
         "rounds": config.rounds,
-        "threads": torch.get_num_threads(),
+        "threads": config.threads or torch.get_num_threads(),
         "seed": config.seed,
-        "results": results,
+        "not_measured": report.lacking,
+        "results": [_content(config, *result) for result in report.results],
     }
-    partial = config.output.with_name(config.output.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(config.output)
+    _replace(output, (json.dumps(content, indent=1) + "\n").encode())
+    _replace(_figure(output), draw(report.results))
+
+
+def _content(config: BenchConfig, case: Case, dtype: str, result: CaseResult) -> dict[str, Any]:
+    plan = planning.plan(
+        tokens=case.tokens, hidden=case.hidden, vocabulary=case.vocabulary, dtype=dtype, device=config.device
+    )
+    return {"case": asdict(case), "dtype": dtype, "plan": str(plan), **asdict(result)}
+
+
+def _figure(output: Path) -> Path:
+    return output.with_suffix(".png")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics
+from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics, TensorForm
 from logitless.backends.torch import dense, sampled
 from logitless.backends.torch.dense import forward_with_gradients as forward_with_gradients
 from logitless.backends.torch.memory import workspace as workspace
@@ -12,6 +12,24 @@ def unsupported(shape: Shape) -> str | None:
     """None: it serves every problem."""
     del shape
     return None
+
+
+def window_multiple(shape: Shape) -> int:
+    """Any window will do."""
+    del shape
+    return 1
+
+
+def cost(shape: Shape, schedule: Schedule) -> float | None:
+    """None: the planner's order of preference decides."""
+    del shape, schedule
+
+
+def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
+    """What ``forward`` leaves under a schedule."""
+    if schedule.strategy == "sampled":
+        return sampled.residuals(shape)
+    return dense.residuals(shape, schedule)
 
 
 def forward(problem: Problem, schedule: Schedule) -> Statistics:

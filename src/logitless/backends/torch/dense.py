@@ -8,22 +8,25 @@ and once at the end would cost up to 1.4 times the error of one product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from logitless.backends.contract import (
+    LODGING,
     Coefficients,
     Gradients,
     Problem,
-    Residuals,
     Schedule,
+    Shape,
     Statistics,
+    TensorForm,
     lodging_spacing,
 )
 from logitless.backends.torch.running import RunningStatistics
-from logitless.backends.torch.tiles import Projection, RowValues, TargetIndex, slices
+from logitless.backends.torch.tiles import Projection, RowValues, TargetIndex, fuses_softmax, slices
 
 # Rows, or vocabulary columns, of a partial product that is rounded to a narrow dtype before it is added up in fp32.
 PARTIAL = 4096
@@ -31,47 +34,73 @@ PARTIAL = 4096
 ADDED_ROWS = 512
 
 
-def forward(problem: Problem, schedule: Schedule) -> Statistics:
-    """Statistics, tile by tile; the products of some windows stay for the backward pass.
+def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
+    """The buffer of the weight gradient, kept products one window after the other, and the windows' log-sum-exps.
+
+    Those sums save the backward pass a pass over recomputed logits where the softmax is fused.
+    """
+    windows = math.ceil(shape.vocabulary / schedule.window)
+    kept = max(0, shape.vocabulary - (windows - schedule.kept_windows) * schedule.window)
+    sums = fuses_softmax(shape) and schedule.rows >= shape.tokens and schedule.window == schedule.backward_window
+    return [
+        ((shape.vocabulary, shape.hidden) if schedule.lodged_windows else (0, shape.hidden), shape.weight_dtype),
+        ((shape.tokens * kept,), shape.product_dtype),
+        ((windows if sums else 0, shape.tokens), shape.statistics_dtype),
+    ]
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a forward pass leaves, window by window; empty for a backward pass that finds it used up.
 
     The last ``kept_windows`` have memory of their own. The first ``lodged_windows`` lie in the buffer of the weight
     gradient, each at least one window of rows behind the one before, from the second window of rows on: when the
     backward pass writes the rows of a window, only products of windows before it have been there.
     """
+
+    tensors: tuple[torch.Tensor, ...]
+    shape: Shape
+    schedule: Schedule
+
+    def place(self, number: int) -> torch.Tensor | None:
+        """The flat memory of a window's products, or None where they are not kept."""
+        schedule, tokens = self.schedule, self.shape.tokens
+        first_kept = math.ceil(self.shape.vocabulary / schedule.window) - schedule.kept_windows
+        if not self.tensors:
+            return None
+        if number < schedule.lodged_windows:
+            lodging = self.tensors[LODGING][schedule.window :].view(-1).view(self.shape.product_dtype)
+            return lodging[number * lodging_spacing(self.shape, schedule.window) :]
+        if schedule.kept_windows and number >= first_kept:
+            return self.tensors[1][(number - first_kept) * schedule.window * tokens :]
+        return None
+
+    def window_sums(self, number: int) -> torch.Tensor | None:
+        """[N] log-sum-exp of the rows' logits within a window, where it was left."""
+        return self.tensors[2][number] if self.tensors and self.tensors[2].shape[0] else None
+
+
+def forward(problem: Problem, schedule: Schedule) -> Statistics:
+    """Statistics, tile by tile; the products of some windows stay for the backward pass."""
     shape = problem.shape
     projection = Projection(problem, schedule.rows, schedule.window)
+    forms = residuals(shape, schedule)
+    tensors = tuple(torch.empty(size, dtype=dtype, device=problem.hidden.device) for size, dtype in forms)
+    left = Left(tensors, shape, schedule)
     windows = list(slices(shape.vocabulary, schedule.window))
-    kept_from = len(windows) - schedule.kept_windows
-    buffer = projection.buffer(schedule.rows * schedule.window if kept_from > schedule.lodged_windows else 0)
-    residuals = Residuals()
-    lodging, spacing = buffer, 0
-    if schedule.lodged_windows:
-        residuals.weight_gradient = new_weight_gradient(problem)
-        lodging = residuals.weight_gradient[schedule.window :].view(-1).view(projection.dtype)
-        spacing = lodging_spacing(shape, schedule.window)
-    reusable = (
-        projection.fused_softmax and schedule.rows >= shape.tokens and schedule.window == schedule.backward_window
-    )
+    places = [left.place(number) for number in range(len(windows))]
+    buffer = projection.buffer(schedule.rows * schedule.window if None in places else 0)
     parts = []
     for rows in slices(shape.tokens, schedule.rows):
         running, hidden = RunningStatistics(problem, rows), projection.hidden[rows]
-        for index, columns in enumerate(windows):
-            elements = hidden.shape[0] * (columns.stop - columns.start)
-            if index < schedule.lodged_windows:
-                place = lodging[index * spacing :]
-            elif index >= kept_from:
-                place = projection.buffer(elements)
-            else:
-                place = buffer
-            raw = projection.multiply(hidden, columns, place)
-            if place is not buffer:
-                residuals.logits[columns.start] = raw
-            running.add(raw, columns, projection, leave_softmax=place is not buffer and projection.leaves_softmax)
-            if reusable:
-                residuals.window_logsumexp[columns.start] = running.window_logsumexp
-                running.new_window()
+        for number, (columns, place) in enumerate(zip(windows, places, strict=True)):
+            raw = projection.multiply(hidden, columns, buffer if place is None else place)
+            running.add(raw, columns, projection, leave_softmax=place is not None and projection.leaves_softmax)
+            sums = left.window_sums(number)
+            if sums is not None:
+                sums.copy_(running.window_logsumexp)
         parts.append(running.finish())
-    return replace(concatenate(parts, problem), residuals=residuals)
+    return concatenate(parts, problem).leaving(tensors)
 
 
 def concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
@@ -103,7 +132,8 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
 
     The window's slice of the weight gradient is written once; the hidden gradient is added up in fp32.
     """
-    shape, residuals = problem.shape, statistics.residuals
+    shape = problem.shape
+    left = Left(statistics.residuals, shape, schedule)
     projection = Projection(problem, shape.tokens, schedule.backward_window)
     rows = RowValues(statistics.logsumexp, problem.target, statistics.target_logit, coefficients)
     entries, index = (
@@ -111,35 +141,40 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         TargetIndex(problem.target, schedule.backward_window, shape.vocabulary),
     )
     gradients = new_gradients(projection)
-    if shape.weight_gradient:
-        gradients.weight = (
-            new_weight_gradient(problem) if residuals.weight_gradient is None else residuals.weight_gradient
-        )
-        residuals.weight_gradient = None
+    if left.tensors and schedule.lodged_windows:
+        weight_gradient = left.tensors[LODGING]
+    else:
+        weight_gradient = new_weight_gradient(problem) if problem.main_grad is None else problem.main_grad
     hidden_adder = PartialSum(projection, shape.tokens)
     weight_writer = PartialSum(projection, min(schedule.backward_window, shape.vocabulary))
     buffer = None
-    for columns in slices(shape.vocabulary, schedule.backward_window):
-        raw = residuals.logits.pop(columns.start, None)
-        kept = raw is not None
-        if raw is None:
+    for number, columns in enumerate(slices(shape.vocabulary, schedule.backward_window)):
+        place = left.place(number)
+        if place is not None:
+            width = columns.stop - columns.start
+            raw = place[: shape.tokens * width].view(shape.tokens, width)
+        else:
             if buffer is None:
                 buffer = projection.buffer(shape.tokens * schedule.backward_window)
             raw = projection.multiply(projection.hidden, columns, buffer)
         here = replace(
             rows,
-            window_logsumexp=residuals.window_logsumexp.get(columns.start),
-            holds_softmax=kept and projection.leaves_softmax,
+            window_logsumexp=left.window_sums(number),
+            holds_softmax=place is not None and projection.leaves_softmax,
         )
         projection.softmax_gradient_(raw, columns, here, gradients.bias)
         hit, local = index.within(columns)
         if gradients.hidden is not None:
             raw[hit, local] = 0
             hidden_adder.add(gradients.hidden, raw, projection.weight(columns))
-        if gradients.weight is not None:
+        if weight_gradient is not None:
             raw[hit, local] = entries[hit].to(raw.dtype)
-            weight_writer.write(gradients.weight[columns], raw.T, projection.hidden)
-        del raw
+            if problem.main_grad is None:
+                weight_writer.write(weight_gradient[columns], raw.T, projection.hidden)
+            else:
+                weight_writer.add(weight_gradient[columns], raw.T, projection.hidden)
+    if problem.main_grad is None:
+        gradients.weight = weight_gradient
     if gradients.hidden is not None:
         add_target_rows(gradients.hidden, problem, problem.target, entries)
     if gradients.bias is not None:
@@ -243,9 +278,11 @@ def new_gradients(projection: Projection) -> Gradients:
     )
 
 
-def new_weight_gradient(problem: Problem) -> torch.Tensor:
-    """[V, D] unwritten, in the weight's dtype."""
+def new_weight_gradient(problem: Problem) -> torch.Tensor | None:
+    """[V, D] unwritten, in the weight's dtype; None where not wanted."""
     weight = problem.weight
+    if not problem.shape.weight_gradient:
+        return None
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 

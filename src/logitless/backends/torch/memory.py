@@ -59,7 +59,7 @@ def _scratch(shape: Shape, rows: int, columns: int, *, gradient: bool) -> int:
 
 def _weight_copy(shape: Shape, columns: int) -> int:
     """A window of the weight in the product dtype."""
-    if shape.product_dtype == shape.weight_dtype and not shape.weight_strided:
+    if shape.product_dtype == shape.weight_dtype and shape.weight_layout != "strided":
         return 0
     return columns * shape.hidden * shape.product_dtype.itemsize
 

@@ -45,10 +45,6 @@ class RunningStatistics:
             table = (count, block_count(shape.vocabulary))
             self.blocks = torch.empty(table, dtype=shape.statistics_dtype, device=device)
 
-    def new_window(self) -> None:
-        """Let the last window's log-sum-exp go to whoever holds it, and make room for the next."""
-        self.window_logsumexp = torch.empty_like(self.window_logsumexp)
-
     def add(self, raw: torch.Tensor, columns: slice, projection: Projection, *, leave_softmax: bool = False) -> None:
         """Take in a tile of raw products [R, U]; windows come in order, all of one width.
 

@@ -11,11 +11,19 @@ from __future__ import annotations
 import functools
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 
-from logitless.backends.contract import Coefficients, Gradients, Pairs, Problem, Residuals, Schedule, Statistics
+from logitless.backends.contract import (
+    Coefficients,
+    Gradients,
+    Problem,
+    Schedule,
+    Shape,
+    Statistics,
+    TensorForm,
+)
 from logitless.backends.torch.dense import (
     PARTIAL,
     PartialSum,
@@ -28,13 +36,36 @@ from logitless.backends.torch.dense import (
 from logitless.backends.torch.running import RunningStatistics
 from logitless.backends.torch.tiles import Projection, RowValues, slices
 from logitless.options import BLOCK
-from logitless.sampling import block_count, inclusion_weights, mix_in_smoothing
+from logitless.sampling import block_count, inclusion_weights, kept_pairs_bound, mix_in_smoothing
 
 # Pairs of one block that are computed at a time; bounds the gathered rows of a block that every row keeps.
 GROUP_ROWS = 1024
 # Rows of a group are padded with zeros to a multiple of this: the CPU's library compiles a product for each new shape,
 # which takes longer than a small product itself (0.57 ms against 0.12 ms at D=768 in bf16).
 ROW_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the sampled gradient keeps: pairs of a row and a vocabulary block, grouped by block.
+
+    Attributes:
+        rows: [P] int32 row of each pair; ascending within a block, so no row twice.
+        weights: [P] inverse inclusion probability; 0 where the block is listed for its target alone.
+        starts: [B + 1]: the pairs of block b are ``starts[b]`` to ``starts[b + 1]``.
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    starts: torch.Tensor
+
+
+def residuals(shape: Shape) -> list[TensorForm]:
+    """Rows and weights of the pairs, with room for as many as there can be, and where each block's start."""
+    assert shape.threshold is not None
+    bound = kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold)
+    starts = ((block_count(shape.vocabulary) + 1,), torch.int64)
+    return [((bound,), torch.int32), ((bound,), shape.statistics_dtype), starts]
 
 
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
@@ -57,7 +88,10 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         rows_of.append(row.int() + rows.start)
         weights_of.append(weights[row, block])
     pairs = _group(rows_of, blocks_of, weights_of, block_count(shape.vocabulary))
-    return replace(concatenate(parts, problem), residuals=Residuals(pairs=pairs))
+    tensors = [torch.empty(size, dtype=dtype, device=buffer.device) for size, dtype in residuals(shape)]
+    for tensor, values in zip(tensors, (pairs.rows, pairs.weights, pairs.starts), strict=True):
+        tensor[: values.shape[0]] = values
+    return concatenate(parts, problem).leaving(tuple(tensors))
 
 
 def _select(
@@ -84,16 +118,19 @@ def _group(rows: list[torch.Tensor], blocks: list[torch.Tensor], weights: list[t
         block, order = block.sort(stable=True)
         row, weight = row[order], weight[order]
     ends = torch.bincount(block, minlength=count).cumsum(0)
-    return Pairs(rows=row, weights=weight, starts=torch.cat((ends.new_zeros(1), ends)).cpu())
+    return Pairs(rows=row, weights=weight, starts=torch.cat((ends.new_zeros(1), ends)))
 
 
 def backward(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> Gradients:
     """Gradients from the kept pairs; the rank-one part of label smoothing is exact and comes last."""
-    shape, pairs = problem.shape, statistics.residuals.pairs
-    assert pairs is not None
+    shape = problem.shape
+    rows, weights, block_starts = statistics.residuals
+    count = int(block_starts[-1])
+    pairs = Pairs(rows[:count], weights[:count], block_starts)
     projection = Projection(problem, GROUP_ROWS, BLOCK)
     gradients = new_gradients(projection)
-    gradients.weight = new_weight_gradient(problem) if shape.weight_gradient else None
+    gradients.weight = new_weight_gradient(problem) if problem.main_grad is None else problem.main_grad
+    adds = problem.main_grad is not None
     rank_one = None if coefficients.d is None else SmoothingRankOne(problem, coefficients.d)
     group = Group(projection, problem, statistics, coefficients, pairs)
     product = PartialSum(projection, BLOCK)
@@ -101,7 +138,7 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
     starts: list[int] = pairs.starts.tolist()
     for block, columns in enumerate(slices(shape.vocabulary, BLOCK)):
         groups = range(starts[block], starts[block + 1], GROUP_ROWS)
-        alone = len(groups) == 1 and rank_one is None  # its product is the gradient
+        alone = len(groups) == 1 and rank_one is None and not adds  # its product is the gradient
         weight_sum = block_sum[: columns.stop - columns.start]
         if not alone:
             weight_sum.zero_()
@@ -116,7 +153,12 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
         if gradients.weight is not None and not alone:
             if rank_one is not None:
                 rank_one.add_to_weight(weight_sum, columns)
-            gradients.weight[columns] = weight_sum
+            if adds:
+                gradients.weight[columns] += weight_sum
+            else:
+                gradients.weight[columns] = weight_sum
+    if adds:
+        gradients.weight = None
     if gradients.hidden is not None:
         add_target_rows(gradients.hidden, problem, problem.target, group.entries_by_row())
         if rank_one is not None:

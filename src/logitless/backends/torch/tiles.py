@@ -29,6 +29,21 @@ def scratch_elements(shape: Shape, rows: int, columns: int) -> int:
     return min(max(preferred, columns), max(1, rows) * columns)
 
 
+def fuses_softmax(shape: Shape) -> bool:
+    """Whether a window's softmax is one call.
+
+    PyTorch's softmax on the CPU is one pass of an exponential accurate to 20 ulp, the one in its log-softmax: 40 ms for
+    10^8 elements on two cores, where subtraction, exp and sum take 85. It makes NaN of rows of -inf alone, which a bias
+    can give, and entropy and prediction need the logits beside the exponentials.
+    """
+    return (
+        shape.device_type == "cpu"
+        and shape.statistics_dtype == torch.float32
+        and not shape.biased
+        and not shape.statistics & {"mean_logit", "prediction"}
+    )
+
+
 def slices(stop: int, step: int) -> Iterator[slice]:
     """Consecutive slices of at most ``step`` that cover ``[0, stop)``."""
     for start in range(0, stop, step):
@@ -122,16 +137,8 @@ class Projection:
         self.scratch = Scratch(scratch_elements(shape, rows, columns), self.statistics_dtype, self.hidden.device)
         self._bias = None if problem.bias is None else problem.bias.to(self.statistics_dtype)
         self._copied_weight: torch.Tensor | None = None
-        self._copies = problem.weight.dtype != self.dtype or shape.weight_strided
-        # PyTorch's softmax on the CPU is one pass of an exponential accurate to 20 ulp, the one in its log-softmax: 40
-        # ms for 10^8 elements on two cores, where subtraction, exp and sum take 85. It makes NaN of rows of -inf alone,
-        # which a bias can give, and entropy and prediction need the logits beside the exponentials.
-        self.fused_softmax = (
-            self.hidden.device.type == "cpu"
-            and self.statistics_dtype == torch.float32
-            and problem.bias is None
-            and not shape.statistics & {"mean_logit", "prediction"}
-        )
+        self._copies = problem.weight.dtype != self.dtype or shape.weight_layout == "strided"
+        self.fused_softmax = fuses_softmax(shape)
         self.leaves_softmax = self.fused_softmax and problem.head.softcap is None
         """Whether a tile that is kept can hold its softmax: the gradient is a multiple of that, and needs no logits."""
 

@@ -1,0 +1,47 @@
+"""Kernels in Triton: for NVIDIA GPUs, and on any CPU in Triton's interpreter, for tests."""
+
+from __future__ import annotations
+
+import torch
+
+from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics, TensorForm
+from logitless.backends.triton import dense, tiles
+from logitless.backends.triton.dense import forward_with_gradients as forward_with_gradients
+from logitless.backends.triton.memory import blocks
+from logitless.backends.triton.memory import cost as cost
+from logitless.backends.triton.memory import window_multiple as window_multiple
+from logitless.backends.triton.memory import workspace as workspace
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Bytes to which the tensor copy engine wants rows aligned, in elements of the hidden size.
+HIDDEN_MULTIPLE = 8
+
+
+def unsupported(shape: Shape) -> str | None:
+    """The reason why a problem needs another backend, or None."""
+    if shape.device_type != "cuda" and not (shape.device_type == "cpu" and tiles.interpreted()):
+        return f"it needs a CUDA device, and the tensors are on {shape.device_type!r}"
+    if shape.compute_dtype not in DTYPES:
+        return f"it computes in bf16, fp16 and fp32, not in {str(shape.compute_dtype).removeprefix('torch.')}"
+    if shape.compute_dtype == torch.bfloat16 and tiles.interpreted():
+        return "Triton's interpreter misreads bf16 operands"
+    if shape.hidden % HIDDEN_MULTIPLE:
+        return f"the hidden size must be a multiple of {HIDDEN_MULTIPLE} for the tensor copy engine, got {shape.hidden}"
+    if shape.threshold is not None and shape.any_gradient:
+        return "it has no sampled gradient yet"
+    return None
+
+
+def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
+    """What ``forward`` leaves under a schedule."""
+    return dense.residuals(shape, schedule, blocks(shape))
+
+
+def forward(problem: Problem, schedule: Schedule) -> Statistics:
+    """Statistics of every row, and what the schedule keeps for the backward pass."""
+    return dense.forward(problem, schedule)
+
+
+def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients) -> Gradients:
+    """Gradients from statistics and coefficients."""
+    return dense.backward(problem, schedule, statistics, coefficients)

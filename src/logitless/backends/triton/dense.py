@@ -1,0 +1,250 @@
+"""The exact strategies: loss_only, stored, chunked, windowed.
+
+Columns fall into three runs, any of which may be empty: *lodged* windows, whose softmax lies in the buffer that the
+weight gradient will fill; windows that are *recomputed*; and one *kept* run, whose softmax has memory of its own.
+``stored`` keeps everything.
+
+What is kept is the softmax within each tile, rounded to the compute dtype, beside the fp32 table of the tiles' sums. A
+rounded probability has a relative error of half an ulp, where a rounded logit of 16 has one of 3 % in bf16; so statistics
+and gradient are those of unrounded logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+
+from logitless.backends.contract import (
+    LODGING,
+    Coefficients,
+    Gradients,
+    Problem,
+    Schedule,
+    Shape,
+    Statistics,
+    TensorForm,
+    lodging_spacing,
+)
+from logitless.backends.triton.launch import Launcher, Tables
+from logitless.backends.triton.products import multiply
+from logitless.backends.triton.rows import RowOrder, scatter_rows
+
+# Elements to which rows of a buffer are padded, so that they can be read and written 128 bytes at a time.
+PADDING = 64
+
+
+def slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``step`` that cover ``[start, stop)``."""
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
+
+
+def runs(shape: Shape, schedule: Schedule) -> tuple[slice, slice, slice]:
+    """The lodged, recomputed and kept columns."""
+    lodged = min(schedule.lodged_windows * schedule.window, shape.vocabulary)
+    windows = triton.cdiv(shape.vocabulary, schedule.window)
+    kept = max(lodged, (windows - schedule.kept_windows) * schedule.window) if schedule.kept_windows else None
+    start = shape.vocabulary if kept is None else kept
+    return slice(0, lodged), slice(lodged, start), slice(start, shape.vocabulary)
+
+
+def padded(columns: int) -> int:
+    """Elements of a row of a buffer for that many columns."""
+    return triton.cdiv(columns, PADDING) * PADDING
+
+
+def residuals(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]:
+    """What ``forward`` leaves: the weight gradient's buffer, kept columns, their table; order, targets, count of rows."""
+    if schedule.strategy == "loss_only":
+        return []
+    lodged, _, kept = runs(shape, schedule)
+    keeps = lodged.stop > 0 or kept.stop > kept.start
+    row = ((shape.tokens,), torch.int32)
+    return [
+        ((shape.vocabulary, shape.hidden) if lodged.stop else (0,), shape.weight_dtype),
+        ((shape.tokens, padded(kept.stop - kept.start)), shape.compute_dtype),
+        ((blocks, shape.tokens) if keeps else (0,), torch.float32),
+        row,
+        row,
+        ((1,), torch.int32),
+    ]
+
+
+def lodgings(buffer: torch.Tensor, problem: Problem, schedule: Schedule) -> torch.Tensor:
+    """[windows, N, U] places in the weight gradient's buffer, from its second window of rows on."""
+    shape = problem.shape
+    spacing = lodging_spacing(shape, schedule.window)
+    flat = buffer[schedule.window :].view(-1).view(shape.compute_dtype)
+    size = (schedule.lodged_windows, shape.tokens, schedule.window)
+    return flat.as_strided(size, (spacing, schedule.window, 1))
+
+
+def new_statistics(problem: Problem) -> Statistics:
+    """Zeros, for kernels to fill."""
+    shape, device, wanted = problem.shape, problem.hidden.device, problem.shape.statistics
+
+    def zeros(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape.tokens, dtype=dtype, device=device)
+
+    return Statistics(
+        logsumexp=zeros(),
+        target_logit=zeros(),
+        mean_logit=zeros() if "mean_logit" in wanted else None,
+        smooth_logit=zeros() if "smooth_logit" in wanted else None,
+        prediction=zeros(torch.int64) if "prediction" in wanted else None,
+        target_rank=zeros(torch.int64) if "target_rank" in wanted else None,
+    )
+
+
+def forward(problem: Problem, schedule: Schedule) -> Statistics:
+    """Statistics of every row; the softmax of lodged and kept columns stays for the backward pass."""
+    launcher, shape = Launcher(problem), problem.shape
+    statistics = new_statistics(problem)
+    target_logit = launcher.empty(shape.tokens)
+    rank = None if statistics.target_rank is None else torch.zeros_like(launcher.rows.order)
+    lodged, recomputed, kept = runs(shape, schedule)
+    left: list[torch.Tensor] = []
+    lodging = storage = None
+    if schedule.strategy != "loss_only":
+        left = [
+            torch.empty(size, dtype=dtype, device=launcher.device)
+            for size, dtype in residuals(shape, schedule, triton.cdiv(shape.vocabulary, launcher.block))[:2]
+        ]
+        lodging = lodgings(left[0], problem, schedule) if lodged.stop else None
+        storage = left[1][None, :, : kept.stop - kept.start]
+    tables: Tables | None = None
+    for rows in slices(0, shape.tokens, schedule.rows):
+        count = rows.stop - rows.start
+        if tables is None or tables.log_sum.shape[1] != count:
+            tables = launcher.tables(count)
+        hidden = launcher.hidden(rows)
+        for columns, softmax in ((lodged, lodging), (recomputed, None), (kept, storage)):
+            launcher.scan(hidden, rows.start, columns, tables, target_logit, softmax)
+        launcher.combine(tables, target_logit, rows.start, count, statistics)
+        if rank is not None:
+            launcher.scan(hidden, rows.start, slice(0, shape.vocabulary), tables, target_logit, rank=rank)
+    if rank is not None:
+        assert statistics.target_rank is not None
+        statistics.target_rank.index_copy_(0, launcher.rows.order.long(), rank.long())
+    if schedule.strategy == "loss_only":
+        return statistics
+    order = launcher.rows
+    keeps = tables is not None and (lodged.stop > 0 or kept.stop > kept.start)
+    table = tables.log_sum if tables is not None and keeps else launcher.empty(0)
+    return statistics.leaving((*left, table, order.order, order.target, order.count))
+
+
+class _Accumulators:
+    """The gradients of a backward pass, to which windows of the logits' gradient add their products."""
+
+    def __init__(self, launcher: Launcher, weight: torch.Tensor | None, single: bool) -> None:
+        """``weight``: where the weight's gradient goes if it has a place; ``single``: only one window will come."""
+        problem, shape = launcher.problem, launcher.shape
+        self._launcher, self._scale, self._single = launcher, problem.head.logit_scale, single
+        self._started = False
+        hidden_dtype = shape.compute_dtype if single and shape.hidden_dtype == shape.compute_dtype else torch.float32
+        self.hidden = launcher.empty(shape.tokens, shape.hidden, dtype=hidden_dtype) if shape.hidden_gradient else None
+        self.weight = weight
+        self._add_weight = problem.main_grad is not None
+        if shape.weight_gradient and self.weight is None:
+            size = (shape.vocabulary, shape.hidden)
+            self.weight = problem.main_grad
+            if self.weight is None:
+                self.weight = launcher.empty(*size, dtype=shape.weight_dtype)
+        self.bias = torch.zeros(shape.vocabulary, device=launcher.device) if shape.bias_gradient else None
+
+    def add(self, hidden: torch.Tensor, gradient: torch.Tensor, columns: slice) -> None:
+        """Products of a window's gradient [N, U]."""
+        if self.hidden is not None:
+            weight = self._launcher.weight[columns]
+            multiply(gradient, weight, self.hidden, add=self._started, scale=self._scale)
+        if self.weight is not None:
+            multiply(gradient.T, hidden, self.weight[columns], add=self._add_weight, scale=self._scale)
+        if self.bias is not None:
+            self._launcher.add_column_sums(gradient, 0, self.bias[columns])
+        self._started = True
+
+
+def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients) -> Gradients:
+    """Windows in order: softmax kept or logits recomputed, turned into gradients, multiplied twice."""
+    shape, left = problem.shape, statistics.residuals
+    order = RowOrder(*left[3:]) if left else None
+    launcher = Launcher(problem, order)
+    everything = slice(0, shape.tokens)
+    hidden = launcher.hidden(everything)
+    lodged, recomputed, kept = runs(shape, schedule)
+    if not left:  # used up by an earlier backward pass
+        lodged, recomputed, kept = slice(0, 0), slice(0, shape.vocabulary), slice(0, 0)
+    windows = list(slices(recomputed.start, recomputed.stop, schedule.backward_window))
+    pieces = schedule.lodged_windows * (lodged.stop > 0) + len(windows) + (kept.stop > kept.start)
+    weight = left[LODGING] if lodged.stop else None
+    sums = _Accumulators(launcher, weight, single=pieces == 1)
+
+    def finish(gradient: torch.Tensor, columns: slice) -> None:
+        sums.add(hidden, gradient, columns)
+
+    if lodged.stop:
+        places = lodgings(left[LODGING], problem, schedule)
+        for number, columns in enumerate(slices(0, lodged.stop, schedule.window)):
+            launcher.stored_gradient(places[number], left[2], 0, columns, statistics, coefficients)
+            finish(places[number][:, : columns.stop - columns.start], columns)
+    if windows:
+        width = max(columns.stop - columns.start for columns in windows)
+        buffer = launcher.empty(shape.tokens, padded(width), dtype=shape.compute_dtype)
+        for columns in windows:
+            gradient = buffer[:, : columns.stop - columns.start]
+            launcher.window_gradient(hidden, gradient, columns, statistics, coefficients)
+            finish(gradient, columns)
+    if kept.stop > kept.start:
+        gradient = left[1][:, : kept.stop - kept.start]
+        launcher.stored_gradient(gradient, left[2], 0, kept, statistics, coefficients)
+        finish(gradient, kept)
+    hidden_gradient = None
+    if sums.hidden is not None:
+        hidden_gradient = launcher.empty(*sums.hidden.shape, dtype=shape.hidden_dtype)
+        scatter_rows(sums.hidden, launcher.rows, 0, hidden_gradient)
+    return Gradients(
+        hidden=hidden_gradient,
+        weight=None if problem.main_grad is not None else sums.weight,
+        bias=sums.bias,
+    )
+
+
+def forward_with_gradients(
+    problem: Problem, schedule: Schedule, coefficients_of: Callable[[Statistics, slice], Coefficients]
+) -> tuple[Statistics, Gradients]:
+    """Row chunks: the softmax of a chunk in one buffer, its gradient in the same place, two products."""
+    launcher, shape = Launcher(problem), problem.shape
+    statistics = new_statistics(problem)
+    everything = slice(0, shape.vocabulary)
+    target_logit = launcher.empty(shape.tokens)
+    buffer = launcher.empty(schedule.rows, padded(shape.vocabulary), dtype=shape.compute_dtype)
+    hidden_gradient = weight_gradient = None
+    if shape.hidden_gradient:
+        hidden_gradient = launcher.empty(shape.tokens, shape.hidden)
+        product = launcher.empty(schedule.rows, shape.hidden)
+    if shape.weight_gradient:
+        weight_gradient = launcher.empty(shape.vocabulary, shape.hidden)
+        if shape.tokens == 0:
+            weight_gradient.zero_()
+    bias_gradient = torch.zeros(shape.vocabulary, device=launcher.device) if shape.bias_gradient else None
+    scale = problem.head.logit_scale
+    for rows in slices(0, shape.tokens, schedule.rows):
+        count = rows.stop - rows.start
+        tables, hidden = launcher.tables(count), launcher.hidden(rows)
+        gradient = buffer[:count, : shape.vocabulary]
+        launcher.scan(hidden, rows.start, everything, tables, target_logit, gradient[None])
+        launcher.combine(tables, target_logit, rows.start, count, statistics)
+        # Rows of later chunks have no statistics yet; their coefficients are not read.
+        coefficients = coefficients_of(statistics, slice(0, shape.tokens))
+        launcher.stored_gradient(gradient, tables.log_sum, rows.start, everything, statistics, coefficients)
+        if hidden_gradient is not None:
+            multiply(gradient, launcher.weight, product[:count], add=False, scale=scale)
+            scatter_rows(product[:count], launcher.rows, rows.start, hidden_gradient)
+        if weight_gradient is not None:
+            multiply(gradient.T, hidden, weight_gradient, add=rows.start > 0, scale=scale)
+        if bias_gradient is not None:
+            launcher.add_column_sums(gradient, rows.start, bias_gradient)
+    return statistics, Gradients(hidden_gradient, weight_gradient, bias_gradient)

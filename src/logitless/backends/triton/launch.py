@@ -1,0 +1,364 @@
+"""Kernels over one problem: operands, constants and grids, so that strategies read as steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from logitless.backends.contract import Coefficients, Problem, Statistics
+from logitless.backends.triton import tiles
+from logitless.backends.triton.forward import combine_kernel, scan_kernel
+from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows
+from logitless.backends.triton.softmax_gradient import (
+    clear_rows_kernel,
+    column_sums_kernel,
+    stored_gradient_kernel,
+    target_entries_kernel,
+)
+from logitless.backends.triton.window import window_gradient_kernel
+
+# Bytes to which the base and the rows of what the tensor copy engine reads must be aligned.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Statistics of each tile of columns, for rows in packed order: [T, rows] fp32, None where not wanted."""
+
+    log_sum: torch.Tensor
+    mean: torch.Tensor | None
+    smooth: torch.Tensor | None
+    peak: torch.Tensor | None
+    peak_index: torch.Tensor | None
+
+
+class Launcher:
+    """The kernels, with what does not change between launches on one problem."""
+
+    def __init__(self, problem: Problem, rows: RowOrder | None = None) -> None:
+        """Orders the rows unless their order is given; converts the weight where the kernels cannot read it."""
+        self.problem, self.shape = problem, problem.shape
+        self.device = problem.hidden.device
+        self.dtype = self.shape.compute_dtype
+        self._index = tiles.device_index(self.device)
+        self.rows = order_rows(problem.target, problem.counted) if rows is None else rows
+        self.weight = readable(problem.weight.to(self.dtype))
+        self._hidden: torch.Tensor | None = None
+        self._bias = None if problem.bias is None else problem.bias.contiguous()
+        self._smoothing = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
+        self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
+        self._head: dict[str, Any] = {"BIAS": problem.bias is not None, "SOFTCAP": problem.head.softcap is not None}
+        self._precision = "tf32" if self.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+    def tile(self, kind: tiles.Kind) -> tiles.Tile:
+        """The tile of a kernel on this device."""
+        return tiles.tile(kind, self.dtype.itemsize, self._index)
+
+    @property
+    def block(self) -> int:
+        """Columns of the table's tiles."""
+        return self.tile("scan").columns
+
+    def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """An unwritten tensor on the problem's device."""
+        return torch.empty(size, dtype=dtype, device=self.device)
+
+    def hidden(self, rows: slice) -> torch.Tensor:
+        """[R, D] hidden states of places in the packed order, in the compute dtype."""
+        result = self.empty(rows.stop - rows.start, self.shape.hidden, dtype=self.dtype)
+        return gather_rows(self.problem.hidden, self.rows.order[rows], result)
+
+    def tables(self, rows: int) -> Tables:
+        """Unwritten tables for that many rows."""
+        blocks, wanted = triton.cdiv(self.shape.vocabulary, self.block), self.shape.statistics
+        predict = "prediction" in wanted
+        return Tables(
+            log_sum=self.empty(blocks, rows),
+            mean=self.empty(blocks, rows) if "mean_logit" in wanted else None,
+            smooth=self.empty(blocks, rows) if "smooth_logit" in wanted else None,
+            peak=self.empty(blocks, rows) if predict else None,
+            peak_index=self.empty(blocks, rows, dtype=torch.int32) if predict else None,
+        )
+
+    def scan(
+        self,
+        hidden: torch.Tensor,  # [R, D]
+        first_row: int,
+        columns: slice,
+        tables: Tables,
+        target_logit: torch.Tensor,  # [N]
+        softmax: torch.Tensor | None = None,  # [windows, R, U]
+        rank: torch.Tensor | None = None,  # [N]
+    ) -> None:
+        """Fill the tables' tiles of some columns; keep the tiles' softmax in ``softmax`` where given.
+
+        With ``rank``, count the logits above the target's there instead.
+        """
+        if hidden.shape[0] == 0 or columns.stop == columns.start:
+            return
+        tile, head = self.tile("scan" if softmax is None else "store"), self.problem.head
+        columns_of_tiles = triton.cdiv(columns.stop - columns.start, tile.columns)
+        programs = min(tiles.processors(self._index), triton.cdiv(hidden.shape[0], tile.rows) * columns_of_tiles)
+        operands = self._operands(hidden, tile)
+        absent = tables.log_sum
+        scan_kernel[(programs,)](
+            *operands,
+            operands[0] if softmax is None else _described(softmax, [1, tile.rows, tile.columns]),
+            _or(self._bias, absent),
+            _or(self._smoothing, absent),
+            self.rows.target,
+            self.rows.count,
+            tables.log_sum,
+            _or(tables.mean, absent),
+            _or(tables.smooth, absent),
+            _or(tables.peak, absent),
+            _or(tables.peak_index, absent),
+            target_logit,
+            _or(rank, absent),
+            tables.log_sum.stride(0),
+            first_row,
+            hidden.shape[0],
+            columns.start,
+            self.shape.vocabulary,
+            columns.stop,
+            1 if softmax is None else softmax.shape[2],
+            self.shape.hidden,
+            self._uniform,
+            head.logit_scale,
+            head.softcap or 1.0,
+            programs,
+            BM=tile.rows,
+            BN=tile.columns,
+            BK=tile.depth,
+            GROUP=tile.group,
+            BLOCK=self.block,
+            **self._head,
+            MEAN=tables.mean is not None,
+            SMOOTH=tables.smooth is not None,
+            SMOOTH_VECTOR=self._smoothing is not None,
+            PREDICT=tables.peak is not None,
+            RANK=rank is not None,
+            STORE=softmax is not None,
+            PRECISION=self._precision,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def combine(
+        self,
+        tables: Tables,
+        target_logit: torch.Tensor,  # [N] in units of log 2, packed
+        first_row: int,
+        rows: int,
+        statistics: Statistics,
+    ) -> None:
+        """Statistics of places ``first_row`` on, at the caller's rows of ``statistics``."""
+        if rows == 0:
+            return
+        absent = tables.log_sum
+        combine_kernel[(triton.cdiv(rows, COMBINED_ROWS),)](
+            tables.log_sum,
+            _or(tables.mean, absent),
+            _or(tables.smooth, absent),
+            _or(tables.peak, absent),
+            _or(tables.peak_index, absent),
+            target_logit,
+            self.rows.order,
+            self.rows.count,
+            statistics.logsumexp,
+            statistics.target_logit,
+            _or(statistics.mean_logit, absent),
+            _or(statistics.smooth_logit, absent),
+            _or(statistics.prediction, absent),
+            tables.log_sum.stride(0),
+            tables.log_sum.shape[0],
+            first_row,
+            rows,
+            ROWS=COMBINED_ROWS,
+            BLOCKS=COMBINED_BLOCKS,
+            MEAN=tables.mean is not None,
+            SMOOTH=tables.smooth is not None,
+            PREDICT=tables.peak is not None,
+            num_warps=4,
+        )
+
+    def stored_gradient(
+        self,
+        softmax: torch.Tensor,  # [R, U] of a window
+        log_sum: torch.Tensor,  # [T, R]
+        first_row: int,
+        columns: slice,
+        statistics: Statistics,
+        coefficients: Coefficients,
+    ) -> None:
+        """The window's softmax to the gradient of its logits, in place."""
+        rows, flags = softmax.shape[0], self._coefficient_flags(coefficients)
+        if rows == 0:
+            return
+        grid = (triton.cdiv(rows, GRADIENT_ROWS), triton.cdiv(columns.stop - columns.start, self.block))
+        stored_gradient_kernel[grid](
+            softmax,
+            log_sum,
+            statistics.logsumexp,
+            coefficients.a,
+            _or(coefficients.b, coefficients.a),
+            _or(coefficients.d, coefficients.a),
+            _or(self._smoothing, coefficients.a),
+            self.rows.order,
+            self.rows.count,
+            softmax.stride(0),
+            log_sum.stride(0),
+            first_row,
+            rows,
+            columns.start,
+            columns.stop,
+            self._uniform,
+            self.problem.head.softcap or 1.0,
+            ROWS=GRADIENT_ROWS,
+            BLOCK=self.block,
+            **flags,
+            SOFTCAP=self._head["SOFTCAP"],
+            num_warps=4,
+        )
+        self._target_entries(softmax, first_row, columns, statistics, coefficients)
+
+    def window_gradient(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        gradient: torch.Tensor,  # [N, U]
+        columns: slice,
+        statistics: Statistics,
+        coefficients: Coefficients,
+    ) -> None:
+        """The gradient of a window's logits, recomputed, in ``gradient``."""
+        rows, tile, head = hidden.shape[0], self.tile("window"), self.problem.head
+        if rows == 0:
+            return
+        columns_of_tiles = triton.cdiv(columns.stop - columns.start, tile.columns)
+        programs = min(tiles.processors(self._index), triton.cdiv(rows, tile.rows) * columns_of_tiles)
+        clear_rows_kernel[(triton.cdiv(rows, CLEARED_ROWS),)](
+            gradient,
+            self.rows.count,
+            gradient.stride(0),
+            columns.stop - columns.start,
+            0,
+            rows,
+            ROWS=CLEARED_ROWS,
+            COLUMNS=1024,
+            num_warps=4,
+        )
+        window_gradient_kernel[(programs,)](
+            *self._operands(hidden, tile),
+            _described(gradient, [tile.rows, tile.columns]),
+            _or(self._bias, coefficients.a),
+            _or(self._smoothing, coefficients.a),
+            statistics.logsumexp,
+            coefficients.a,
+            _or(coefficients.b, coefficients.a),
+            _or(coefficients.d, coefficients.a),
+            self.rows.order,
+            self.rows.count,
+            columns.start,
+            columns.stop,
+            self.shape.hidden,
+            self._uniform,
+            head.logit_scale,
+            head.softcap or 1.0,
+            programs,
+            BM=tile.rows,
+            BN=tile.columns,
+            BK=tile.depth,
+            GROUP=tile.group,
+            **self._head,
+            **self._coefficient_flags(coefficients),
+            PRECISION=self._precision,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        self._target_entries(gradient, 0, columns, statistics, coefficients)
+
+    def add_column_sums(self, gradient: torch.Tensor, first_row: int, sums: torch.Tensor) -> None:
+        """``sums`` [U] += sum of the rows of ``gradient`` [R, U] that count."""
+        columns = gradient.shape[1]
+        column_sums_kernel[(triton.cdiv(columns, SUMMED_COLUMNS),)](
+            gradient,
+            sums,
+            self.rows.count,
+            gradient.stride(0),
+            columns,
+            first_row,
+            gradient.shape[0],
+            ROWS=64,
+            COLUMNS=SUMMED_COLUMNS,
+            num_warps=4,
+        )
+
+    def _target_entries(
+        self,
+        gradient: torch.Tensor,
+        first_row: int,
+        columns: slice,
+        statistics: Statistics,
+        coefficients: Coefficients,
+    ) -> None:
+        c = coefficients
+        target_entries_kernel[(triton.cdiv(gradient.shape[0], TARGET_ROWS),)](
+            gradient,
+            self.rows.target,
+            statistics.target_logit,
+            statistics.logsumexp,
+            c.a,
+            _or(c.b, c.a),
+            c.c,
+            _or(c.d, c.a),
+            _or(self._smoothing, c.a),
+            self.rows.order,
+            self.rows.count,
+            gradient.stride(0),
+            first_row,
+            gradient.shape[0],
+            columns.start,
+            columns.stop,
+            self._uniform,
+            self.problem.head.softcap or 1.0,
+            ROWS=TARGET_ROWS,
+            **self._coefficient_flags(c),
+            SOFTCAP=self._head["SOFTCAP"],
+            num_warps=4,
+        )
+
+    def _coefficient_flags(self, coefficients: Coefficients) -> dict[str, bool]:
+        return {
+            "B": coefficients.b is not None,
+            "SMOOTH": coefficients.d is not None,
+            "SMOOTH_VECTOR": self._smoothing is not None,
+        }
+
+    def _operands(self, hidden: torch.Tensor, tile: tiles.Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
+        return _described(hidden, [tile.rows, tile.depth]), _described(self.weight, [tile.columns, tile.depth])
+
+
+COMBINED_ROWS, COMBINED_BLOCKS = 16, 64
+GRADIENT_ROWS = 32
+CLEARED_ROWS = 32
+TARGET_ROWS = 128
+SUMMED_COLUMNS = 64
+
+
+def readable(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix whose rows the tensor copy engine can read: itself, or a packed copy."""
+    aligned = (matrix.data_ptr() | matrix.stride(0) * matrix.element_size()) % ALIGNMENT == 0
+    return matrix if matrix.stride(1) == 1 and aligned else matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _described(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box)
+
+
+def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """What a kernel gets for a tensor it will not touch."""
+    return other if tensor is None else tensor

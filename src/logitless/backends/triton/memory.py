@@ -1,0 +1,173 @@
+"""What the triton backend allocates above inputs and gradients, and how long a schedule takes: the planner's sources.
+
+Bytes are a sum of the allocations that ``dense`` and ``launch`` make, term by term. Seconds are a model of the device's
+measured rates, good enough to rank schedules; their absolute value is not promised.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from logitless.backends.contract import Schedule, Shape
+from logitless.backends.triton import tiles
+from logitless.backends.triton.dense import padded, runs
+
+# Vectors of 4 bytes a row: order, target, statistics, coefficients and what forms them.
+VECTORS = 24
+# Small tensors that do not depend on the problem's size, and the allocator's rounding of every other to 512 bytes.
+SLACK = 1 << 16
+
+
+def blocks(shape: Shape) -> int:
+    """Rows of the table of block sums."""
+    return math.ceil(shape.vocabulary / window_multiple(shape))
+
+
+def window_multiple(shape: Shape) -> int:
+    """Columns of a tile, which windows are multiples of."""
+    return tiles.tile("scan", shape.compute_dtype.itemsize, _index(shape)).columns
+
+
+def _index(shape: Shape) -> int | None:
+    return torch.cuda.current_device() if shape.device_type == "cuda" and torch.cuda.is_available() else None
+
+
+def workspace(shape: Shape, schedule: Schedule) -> int:
+    """Upper bound of the bytes held under a schedule."""
+    bias = 8 * shape.vocabulary if shape.bias_gradient else 0
+    fixed = _weight_copy(shape) + 4 * VECTORS * shape.tokens + bias + SLACK
+    if shape.compacted:  # strided hidden states, made contiguous
+        fixed += shape.tokens * shape.hidden * shape.hidden_dtype.itemsize
+    if schedule.strategy == "loss_only":
+        return fixed + _tables(shape, schedule.rows) + _hidden(shape, schedule.rows)
+    if schedule.strategy == "chunked":
+        return fixed + _chunked(shape, schedule)
+    lodged, recomputed, kept = runs(shape, schedule)
+    item = shape.compute_dtype.itemsize
+    keeps = lodged.stop > 0 or kept.stop > kept.start
+    left = shape.tokens * padded(kept.stop - kept.start) * item + (_table(shape, shape.tokens) if keeps else 0)
+    # The weight gradient lives during the forward pass where windows lodge in it, else not yet.
+    early = 0 if lodged.stop else -_weight_gradient(shape)
+    forward = left + _tables(shape, shape.tokens) - (_table(shape, shape.tokens) if keeps else 0) + early
+    forward += _hidden(shape, shape.tokens) - _hidden_gradient(shape)
+    width = min(schedule.backward_window, recomputed.stop - recomputed.start)
+    accumulator = _hidden_accumulator(shape, _pieces(shape, schedule) == 1)
+    multiplying = _hidden(shape, shape.tokens) + shape.tokens * padded(width) * item
+    backward = left + accumulator + max(0, multiplying - _hidden_gradient(shape))
+    return fixed + max(forward, backward)
+
+
+def _pieces(shape: Shape, schedule: Schedule) -> int:
+    lodged, recomputed, kept = runs(shape, schedule)
+    windows = math.ceil((recomputed.stop - recomputed.start) / max(1, schedule.backward_window))
+    return windows + (schedule.lodged_windows if lodged.stop else 0) + (kept.stop > kept.start)
+
+
+def _weight_copy(shape: Shape) -> int:
+    copied = shape.weight_dtype != shape.compute_dtype or shape.weight_layout != "rows"
+    return shape.vocabulary * shape.hidden * shape.compute_dtype.itemsize if copied else 0
+
+
+def _weight_gradient(shape: Shape) -> int:
+    wanted = shape.weight_gradient and not shape.main_grad
+    return shape.vocabulary * shape.hidden * shape.weight_dtype.itemsize if wanted else 0
+
+
+def _hidden_gradient(shape: Shape) -> int:
+    return shape.tokens * shape.hidden * shape.hidden_dtype.itemsize if shape.hidden_gradient else 0
+
+
+def _hidden(shape: Shape, rows: int) -> int:
+    """Rows in packed order."""
+    return min(rows, shape.tokens) * shape.hidden * shape.compute_dtype.itemsize
+
+
+def _hidden_accumulator(shape: Shape, single: bool) -> int:
+    if not shape.hidden_gradient:
+        return 0
+    narrow = single and shape.hidden_dtype == shape.compute_dtype
+    return shape.tokens * shape.hidden * (shape.compute_dtype.itemsize if narrow else 4)
+
+
+def _table(shape: Shape, rows: int) -> int:
+    return 4 * blocks(shape) * min(rows, shape.tokens)
+
+
+def _tables(shape: Shape, rows: int) -> int:
+    wanted = shape.statistics
+    count = 1 + ("mean_logit" in wanted) + ("smooth_logit" in wanted) + 2 * ("prediction" in wanted)
+    return count * _table(shape, rows)
+
+
+def _chunked(shape: Shape, schedule: Schedule) -> int:
+    rows = min(schedule.rows, shape.tokens)
+    total = rows * padded(shape.vocabulary) * shape.compute_dtype.itemsize + _tables(shape, rows) + _hidden(shape, rows)
+    hidden = weight = 0
+    if shape.hidden_gradient:
+        hidden = 4 * shape.tokens * shape.hidden
+        total += 4 * rows * shape.hidden
+    if shape.weight_gradient:
+        weight = 4 * shape.vocabulary * shape.hidden
+    # In fp32 while chunks come, then rounded one after the other, the hidden states' first.
+    multiplying = total + hidden + weight - _hidden_gradient(shape) - _weight_gradient(shape)
+    rounding = hidden + weight - _weight_gradient(shape)
+    return max(multiplying, rounding, 4 * shape.vocabulary * shape.hidden if weight else 0)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of a device, for ranking schedules.
+
+    Attributes:
+        products: floating-point operations a second, by bytes of the operands.
+        memory: bytes a second.
+        step: seconds that a window or a chunk costs besides.
+    """
+
+    products: dict[int, float]
+    memory: float
+    step: float
+
+
+RATES = {
+    "hopper": Rates({2: 7.0e14, 4: 3.0e13}, 3.5e12, 4e-5),
+    "other": Rates({2: 2.0e14, 4: 1.5e13}, 1.5e12, 4e-5),
+    "interpreter": Rates({2: 1e12, 4: 1e12}, 1e12, 1e-6),
+}
+
+
+def cost(shape: Shape, schedule: Schedule) -> float:
+    """Seconds that a schedule takes, roughly."""
+    rates = RATES[tiles.generation(_index(shape))]
+    tile = tiles.tile("scan", shape.compute_dtype.itemsize, _index(shape))
+    processors = tiles.processors(_index(shape))
+    n, d, v = shape.tokens, shape.hidden, shape.vocabulary
+    column = 2 * n * d / rates.products[shape.compute_dtype.itemsize]  # one column of logits
+
+    def whole_waves(rows: int, columns: int) -> float:
+        """Time of a product over its ideal, from the last wave of tiles that is not full."""
+        count = math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns)
+        return math.ceil(count / processors) * processors / max(1, count)
+
+    chunks = math.ceil(n / max(1, schedule.rows))
+    seconds = column * v * whole_waves(min(schedule.rows, max(1, n)), v) + chunks * rates.step
+    if schedule.strategy == "loss_only":
+        return seconds
+    seconds += column * v * (shape.hidden_gradient + shape.weight_gradient)
+    item = shape.compute_dtype.itemsize
+    if schedule.strategy == "chunked":
+        stored, traffic = v, (8 * chunks + 6) * v * d * shape.weight_gradient
+        pieces = chunks
+    else:
+        lodged, recomputed, kept = runs(shape, schedule)
+        width = recomputed.stop - recomputed.start
+        stored, pieces = v - width, _pieces(shape, schedule)
+        window = min(schedule.backward_window, max(1, width))
+        seconds += column * width * whole_waves(n, window)
+        if lodged.stop:
+            seconds += column * lodged.stop * (whole_waves(n, lodged.stop) - 1)
+        traffic = 8 * pieces * n * d * shape.hidden_gradient if pieces > 1 else 0
+    return seconds + (2 * n * stored * item + traffic) / rates.memory + pieces * rates.step

@@ -1,0 +1,127 @@
+"""Rows that count, put first without asking the host how many they are.
+
+``order`` [N] int32 is a permutation of the rows: those that count in their order, then the others in theirs. ``count``
+[1] int32 says how many count. Kernels work on rows in that order and stop at the count; rows are taken there by
+``gather_rows`` and brought back by ``scatter_rows``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """Where each row goes.
+
+    Attributes:
+        order: [N] int32 row of the caller at each place.
+        target: [N] int32 targets in that order.
+        count: [1] int32 how many of the places count.
+    """
+
+    order: torch.Tensor
+    target: torch.Tensor
+    count: torch.Tensor
+
+
+@triton.jit
+def order_rows_kernel(
+    counted,  # [N] bool where MASKED
+    target,  # [N] int64
+    order,  # [N] int32, written
+    packed_target,  # [N] int32, written
+    count,  # [1] int32, written
+    rows,
+    MASKED: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """A stable partition of the rows by ``counted``. Grid: one program, which walks the rows twice, STEP at a time."""
+    total = rows
+    if MASKED:
+        total = 0
+        for first in range(0, rows, STEP):
+            here = first + tl.arange(0, STEP)
+            total += tl.sum(tl.load(counted + here, mask=here < rows, other=0).to(tl.int32), 0)
+    tl.store(count, total)
+    before = 0
+    for first in range(0, rows, STEP):
+        here = first + tl.arange(0, STEP)
+        inside = here < rows
+        place = here
+        if MASKED:
+            keep = tl.load(counted + here, mask=inside, other=0).to(tl.int32)
+            kept = before + tl.cumsum(keep, 0)  # up to and with this row
+            place = tl.where(keep > 0, kept - 1, total + here - kept)
+            before += tl.sum(keep, 0)
+        tl.store(order + place, here, mask=inside)
+        tl.store(packed_target + place, tl.load(target + here, mask=inside, other=0).to(tl.int32), mask=inside)
+
+
+@triton.jit
+def gather_rows_kernel(source, order, result, columns, source_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, rows):
+    """``result[i] = source[order[i]]``, cast to the result's dtype. Grid: blocks of rows x blocks of columns."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    origin = tl.load(order + row, mask=row < rows, other=0).to(tl.int64)
+    values = tl.load(source + origin[:, None] * source_stride + column[None, :], mask=inside, other=0.0)
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(result + place, values.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scatter_rows_kernel(
+    source, order, count, result, columns, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, rows
+):
+    """``result[order[first_row + i]] = source[i]`` for rows below the count, zero for others. Grid as for gathering."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    counts = first_row + row < tl.load(count)
+    origin = tl.load(order + first_row + row, mask=row < rows, other=0).to(tl.int64)
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    values = tl.load(source + place, mask=inside & counts[:, None], other=0.0)
+    tl.store(result + origin[:, None] * columns + column[None, :], values.to(result.dtype.element_ty), mask=inside)
+
+
+ROWS, COLUMNS, STEP = 8, 1024, 4096
+
+
+def order_rows(target: torch.Tensor, counted: torch.Tensor | None) -> RowOrder:
+    """The order of rows with these targets [N] int64; ``counted`` [N] bool, None for all."""
+    rows = target.shape[0]
+    order = torch.empty(rows, dtype=torch.int32, device=target.device)
+    packed = torch.empty_like(order)
+    count = torch.empty(1, dtype=torch.int32, device=target.device)
+    mask = target if counted is None else counted
+    order_rows_kernel[(1,)](mask, target, order, packed, count, rows, counted is not None, STEP, num_warps=8)
+    return RowOrder(order, packed, count)
+
+
+def _grid(rows: int, columns: int) -> tuple[int, int]:
+    return triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS)
+
+
+def gather_rows(source: torch.Tensor, order: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Rows [M] of ``source`` [N, D] at the places of ``order`` [M], in ``result`` [M, D] and its dtype."""
+    rows, columns = result.shape
+    if rows:
+        gather_rows_kernel[_grid(rows, columns)](
+            source, order, result, columns, source.stride(0), ROWS, COLUMNS, rows, num_warps=4
+        )
+    return result
+
+
+def scatter_rows(source: torch.Tensor, rows: RowOrder, first_row: int, result: torch.Tensor) -> torch.Tensor:
+    """Rows [M, D], from place ``first_row`` on, to the caller's rows of ``result`` [N, D]; zero where they do not count."""
+    count, columns = source.shape
+    if count:
+        scatter_rows_kernel[_grid(count, columns)](
+            source, rows.order, rows.count, result, columns, first_row, ROWS, COLUMNS, count, num_warps=4
+        )
+    return result

@@ -1,0 +1,212 @@
+"""The gradient of the logits, in the place of what the forward pass left of them.
+
+With p the softmax, k the derivative of the cap and s the smoothing,
+
+    dz_iv = (p_iv (a_i + b_i z_iv) - c_i [v = target_i] - d_i s_v) k_iv
+
+but for the scale, which the products that follow apply to their fp32 results. The target's entry is written by a kernel
+of its own, from the row's fp32 statistics: the one-hot is subtracted before any rounding, and no other entry pays for it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative
+
+
+@triton.jit
+def softmax_gradient(
+    p,
+    y,
+    a,
+    b,
+    d,
+    smoothing,
+    uniform_smoothing,
+    first,
+    vocabulary,
+    softcap,
+    B: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SMOOTH_VECTOR: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """[R, U] gradient of the logits without the one-hot, from probabilities and, where needed, logits ``y``."""
+    if B:
+        gradient = tl.where(p > 0, p * (a[:, None] + b[:, None] * (y * LN2)), 0.0)
+    else:
+        gradient = p * a[:, None]
+    if SMOOTH:
+        if SMOOTH_VECTOR:
+            columns = first + tl.arange(0, p.shape[1])
+            weights = tl.load(smoothing + columns, mask=columns < vocabulary, other=0.0)
+            gradient -= d[:, None] * weights[None, :]
+        else:
+            gradient -= (d * uniform_smoothing)[:, None]
+    if SOFTCAP:
+        gradient *= cap_derivative(y, softcap, SOFTCAP)
+    return gradient
+
+
+@triton.jit
+def stored_gradient_kernel(
+    softmax,  # [N, stride] softmax within each tile; overwritten by the gradient
+    table,  # [T, table_stride] fp32 log2-sum-exp of each tile of BLOCK columns
+    logsumexp,  # [N] fp32
+    a,  # [N] fp32, as b and d, at the caller's places
+    b,
+    d,
+    smoothing,  # [V] where SMOOTH_VECTOR
+    order,  # [N] int32
+    count,  # [1] int32
+    stride,
+    table_stride,
+    first_row,
+    rows_here,
+    first_column,
+    vocabulary,
+    uniform_smoothing,
+    softcap,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    B: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SMOOTH_VECTOR: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Gradient of the logits from the softmax within tiles, in place: one read, one write, no exponential per entry.
+
+    p = tile's softmax * 2^(tile's log-sum-exp - row's); where a logit is needed it is log2 of the tile's softmax plus the
+    tile's log-sum-exp. Rows that do not count become zero. Grid: tiles of ROWS x BLOCK, rows first.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile = first_column // BLOCK + tl.program_id(1)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows_here
+    counts = inside & (first_row + row < tl.load(count))
+    origin = tl.load(order + first_row + row, mask=inside, other=0)
+    lse = tl.load(logsumexp + origin, mask=counts, other=0.0) * LOG2E
+    own = tl.load(table + tile.to(tl.int64) * table_stride + row, mask=counts, other=0.0)
+    place = softmax + row.to(tl.int64)[:, None] * stride + column[None, :]
+    exists = (first_column + column < vocabulary)[None, :]
+    share = tl.load(place, mask=counts[:, None] & exists, other=0.0).to(tl.float32)
+    y = share
+    if B | SOFTCAP:
+        y = tl.where(share > 0, tl.log2(share) + own[:, None], -float("inf"))
+    if SOFTCAP:  # what underflowed in the tile is no lower than the cap
+        y = tl.maximum(y, -softcap * LOG2E)
+    coefficient_a = tl.load(a + origin, mask=counts, other=0.0)
+    coefficient_b = coefficient_a
+    coefficient_d = coefficient_a
+    if B:
+        coefficient_b = tl.load(b + origin, mask=counts, other=0.0)
+    if SMOOTH:
+        coefficient_d = tl.load(d + origin, mask=counts, other=0.0)
+    gradient = softmax_gradient(
+        share * tl.exp2(own - lse)[:, None],
+        y,
+        coefficient_a,
+        coefficient_b,
+        coefficient_d,
+        smoothing,
+        uniform_smoothing,
+        first_column + tl.program_id(1) * BLOCK,
+        vocabulary,
+        softcap,
+        B,
+        SMOOTH,
+        SMOOTH_VECTOR,
+        SOFTCAP,
+    )
+    gradient = tl.where(counts[:, None], gradient, 0.0)
+    tl.store(place, gradient.to(softmax.dtype.element_ty), mask=inside[:, None] & exists)
+
+
+@triton.jit
+def target_entries_kernel(
+    gradient,  # [N, stride] of a window; the targets' entries are written
+    target,  # [N] int32 in packed order
+    target_logit,  # [N] fp32 at the caller's places, as all that follow
+    logsumexp,
+    a,
+    b,
+    c,
+    d,
+    smoothing,  # [V] where SMOOTH_VECTOR
+    order,  # [N] int32
+    count,  # [1] int32
+    stride,
+    first_row,
+    rows_here,
+    first_column,
+    end_column,
+    uniform_smoothing,
+    softcap,
+    ROWS: tl.constexpr,
+    B: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SMOOTH_VECTOR: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The whole gradient at each row's target, where it lies in the window. Grid: blocks of ROWS rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (row < rows_here) & (first_row + row < tl.load(count))
+    t = tl.load(target + first_row + row, mask=inside, other=-1)
+    here = inside & (t >= first_column) & (t < end_column)
+    origin = tl.load(order + first_row + row, mask=here, other=0)
+    z = tl.load(target_logit + origin, mask=here, other=0.0)
+    lse = tl.load(logsumexp + origin, mask=here, other=0.0)
+    factor = tl.load(a + origin, mask=here, other=0.0)
+    p = tl.exp2((z - lse) * LOG2E)
+    if B:
+        factor += tl.load(b + origin, mask=here, other=0.0) * tl.maximum(z, -1e30)
+    entry = p * factor - tl.load(c + origin, mask=here, other=0.0)
+    if SMOOTH:
+        weight = uniform_smoothing
+        if SMOOTH_VECTOR:
+            weight = tl.load(smoothing + t, mask=here, other=0.0)
+        entry -= tl.load(d + origin, mask=here, other=0.0) * weight
+    entry *= cap_derivative(z * LOG2E, softcap, SOFTCAP)
+    place = gradient + row.to(tl.int64) * stride + (t - first_column)
+    tl.store(place, entry.to(gradient.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def column_sums_kernel(
+    gradient,  # [N, stride]
+    sums,  # [columns] fp32, added to
+    count,  # [1] int32
+    stride,
+    columns,
+    first_row,
+    rows_here,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """``sums += sum of the rows`` below the count. Grid: blocks of COLUMNS columns, each walking all rows in order."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    exists = column < columns
+    rows = min(rows_here, tl.load(count) - first_row)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        place = gradient + row.to(tl.int64)[:, None] * stride + column[None, :]
+        total += tl.sum(tl.load(place, mask=(row < rows)[:, None] & exists[None, :], other=0.0).to(tl.float32), 0)
+    tl.store(sums + column, tl.load(sums + column, mask=exists, other=0.0) + total, mask=exists)
+
+
+@triton.jit
+def clear_rows_kernel(
+    gradient, count, stride, columns, first_row, rows_here, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Zero in the rows at and past the count. Grid: blocks of ROWS rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    past = (row < rows_here) & (first_row + row >= tl.load(count))
+    if tl.max(past.to(tl.int32), 0) > 0:
+        for first in range(0, columns, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            place = gradient + row.to(tl.int64)[:, None] * stride + column[None, :]
+            zero = tl.zeros((ROWS, COLUMNS), gradient.dtype.element_ty)
+            tl.store(place, zero, mask=past[:, None] & (column < columns)[None, :])

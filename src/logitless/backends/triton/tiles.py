@@ -1,0 +1,116 @@
+"""Tile configurations, measured, per GPU generation: the only place that knows a GPU.
+
+Constraints that every entry must meet:
+
+- ``columns`` is the same for all kernels of one generation and operand width: the table of block sums is made by one
+  kernel and read by another.
+- Operands of ``stages`` steps, and the tile that a storing kernel stages, fit shared memory (227 KiB on Hopper).
+- ``depth`` times the operands' width is at least 64 bytes, the row of a shared-memory bank pattern.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import triton
+
+Kind = Literal["scan", "store", "window"]
+
+TUNED_FILE = "LOGITLESS_TILES"
+"""Environment variable that names a table written by ``logitless tune``."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut up.
+
+    Attributes:
+        rows: of the tile of logits.
+        columns: of the tile of logits.
+        depth: of one step along the hidden size.
+        group: row tiles that go down before the next column tile.
+        warps: of a program.
+        stages: steps of operands in flight.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+
+
+# Generation -> operand bytes -> kernel -> tile.
+TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
+    "hopper": {
+        2: {
+            "scan": Tile(128, 256, 64, 16, 8, 4),
+            "store": Tile(128, 256, 64, 16, 8, 3),
+            "window": Tile(128, 256, 64, 16, 8, 3),
+        },
+        4: {
+            "scan": Tile(128, 128, 32, 16, 8, 3),
+            "store": Tile(128, 128, 32, 16, 8, 2),
+            "window": Tile(128, 128, 32, 16, 8, 2),
+        },
+    },
+    # Other GPUs: small enough for 99 KiB of shared memory. Not measured.
+    "other": {
+        2: dict.fromkeys(("scan", "store", "window"), Tile(64, 128, 32, 8, 4, 3)),
+        4: dict.fromkeys(("scan", "store", "window"), Tile(64, 128, 16, 8, 8, 2)),
+    },
+    # Triton's interpreter: several tiles even of small problems.
+    "interpreter": {
+        2: dict.fromkeys(("scan", "store", "window"), Tile(16, 128, 16, 2, 4, 1)),
+        4: dict.fromkeys(("scan", "store", "window"), Tile(16, 128, 16, 2, 4, 1)),
+    },
+}
+
+INTERPRETER_PROGRAMS = 3
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.lru_cache
+def generation(index: int | None) -> str:
+    """Name of the generation of a CUDA device; None for the interpreter's."""
+    if index is None:
+        return "interpreter"
+    return "hopper" if torch.cuda.get_device_capability(index)[0] == 9 else "other"
+
+
+@functools.lru_cache
+def processors(index: int | None) -> int:
+    """How many persistent programs fill the device."""
+    return INTERPRETER_PROGRAMS if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.lru_cache
+def _tuned() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    path = os.environ.get(TUNED_FILE)
+    return json.loads(Path(path).read_text()) if path else {}
+
+
+@functools.lru_cache
+def tile(kind: Kind, itemsize: int, index: int | None) -> Tile:
+    """The tile of a kernel for operands of that many bytes on that device."""
+    name = generation(index)
+    tuned = _tuned().get(name, {}).get(str(itemsize), {}).get(kind)
+    return TILES[name][itemsize][kind] if tuned is None else Tile(**tuned)
+
+
+def device_index(device: torch.device) -> int | None:
+    """Index of a CUDA device, None for the interpreter's."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index

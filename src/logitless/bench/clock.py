@@ -1,0 +1,44 @@
+"""What is timed, and how many seconds it takes on a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What is timed of one contender.
+
+    Attributes:
+        forward: the loss alone, without gradients.
+        both: loss and gradients.
+    """
+
+    forward: Callable[[], Any]
+    both: Callable[[], Any]
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds from the start of ``run`` to the end of all it set going; its result is freed after the clock stops.
+
+    On a GPU between two events on the current stream of an idle device, so that waiting for the host counts as well.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        result = run()
+        elapsed = time.perf_counter() - start
+        del result
+        return elapsed
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    first.record()
+    result = run()
+    last.record()
+    last.synchronize()
+    del result
+    return first.elapsed_time(last) / 1e3

@@ -1,0 +1,127 @@
+"""Memory against time: a panel for each case, a point for each peer."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from logitless.bench.cases import Case
+from logitless.bench.measure import CaseResult, Measurement
+from logitless.demo.plots import LIGHT
+
+# Colour and marker by peer, from Okabe and Ito's palette, which colour-blind readers can tell apart.
+MARKS = {
+    "two-stage": ("#8a919a", "s"),
+    "torch.compile": ("#8a919a", "D"),
+    "torch chunked": ("#8a919a", "v"),
+    "liger": ("#009e73", "^"),
+    "liger cute": ("#009e73", "P"),
+    "cce": ("#cc79a7", "^"),
+    "cce unfiltered": ("#cc79a7", "P"),
+    "quack": ("#e69f00", "X"),
+    "logitless exact": ("#0072b2", "o"),
+    "logitless exact fastest": ("#56b4e9", "o"),
+    "logitless sampled": ("#d55e00", "o"),
+}
+OTHER = ("#24292f", ".")
+PANELS_IN_A_ROW = 2
+SHOWN_TICKS = (1, 2, 5)
+
+
+def draw(results: Sequence[tuple[Case, str, CaseResult]]) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    columns = min(PANELS_IN_A_ROW, len(results))
+    rows = math.ceil(len(results) / columns)
+    style: dict[Any, Any] = {
+        "font.size": 10,
+        "text.color": LIGHT.text,
+        "axes.labelcolor": LIGHT.text,
+        "axes.edgecolor": LIGHT.grid,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "grid.color": LIGHT.grid,
+        "xtick.color": LIGHT.text,
+        "ytick.color": LIGHT.text,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(5.4 * columns + 0.4, 4.2 * rows + 0.9), layout="constrained")
+        for place, (case, dtype, result) in enumerate(results, 1):
+            _draw_panel(figure.add_subplot(rows, columns, place), case, dtype, result)
+        shown = {m.peer for _, _, result in results for m in result.measurements if _point(m) is not None}
+        handles = [_handle(name) for name in (*MARKS, *sorted(shown - MARKS.keys())) if name in shown]
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns + 2, frameon=False, fontsize=9)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, facecolor=LIGHT.page)
+    return buffer.getvalue()
+
+
+class _Point(NamedTuple):
+    peer: str
+    milliseconds: float
+    peak: float
+    gradients: float
+
+
+def _point(m: Measurement) -> _Point | None:
+    """Where a peer stands, in MiB; None if it has no time."""
+    if m.median_s is None or m.peak_with_gradients_mib is None or m.peak_mib is None:
+        return None
+    return _Point(m.peer, m.median_s * 1e3, m.peak_with_gradients_mib, m.peak_with_gradients_mib - m.peak_mib)
+
+
+def _draw_panel(axes: Axes, case: Case, dtype: str, result: CaseResult) -> None:
+    points = [point for m in result.measurements if (point := _point(m)) is not None]
+    for peer, time, peak, _ in points:
+        colour, marker = MARKS.get(peer, OTHER)
+        axes.plot(time, peak, marker, color=colour, markersize=9, alpha=0.9)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.margins(0.12)
+    if result.bound is not None and result.bound.median_s is not None:
+        axes.axvline(result.bound.median_s * 1e3, color=LIGHT.text, linewidth=1, linestyle=(0, (4, 3)))
+        _label(axes, "matrix products alone", x=result.bound.median_s * 1e3, rotation=90)
+    if points:
+        gradients = points[0].gradients
+        axes.axhline(gradients, color=LIGHT.text, linewidth=1, linestyle=(0, (4, 3)))
+        _label(axes, "gradients alone", y=gradients)
+    axes.set_title(
+        f"{case.name}, {dtype}\nN={case.tokens:,}  D={case.hidden:,}  V={case.vocabulary:,}", loc="left", fontsize=10
+    )
+    axes.set_xlabel("forward and backward, ms")
+    axes.set_ylabel("peak above inputs, MiB")
+    axes.grid(visible=True, linewidth=0.7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=SHOWN_TICKS))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _label(axes: Axes, text: str, *, x: float | None = None, y: float | None = None, rotation: int = 0) -> None:
+    """Name a line across the panel: a vertical one at its upper end, a level one at its right."""
+    place = (1, y) if x is None else (x, 1)
+    transform = axes.get_yaxis_transform() if x is None else axes.get_xaxis_transform()
+    axes.annotate(
+        text,
+        place,
+        xycoords=transform,
+        xytext=(-3, 3 if x is None else -3),
+        textcoords="offset points",
+        rotation=rotation,
+        ha="right",
+        va="bottom" if x is None else "top",
+        fontsize=8,
+    )
+
+
+def _handle(peer: str) -> Line2D:
+    colour, marker = MARKS.get(peer, OTHER)
+    return Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=8, label=peer)
