@@ -137,6 +137,7 @@ def test_optional_imports_are_seen():
 RANKS = (
     {"cli", "__main__", "demo", "bench"},
     {"functional", "module"},
+    {"compiled"},
     {"validation", "objective", "planning", "operators"},
     {"schedules"},
     {"backends", "sampling"},

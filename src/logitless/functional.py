@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from logitless import operators, planning, validation
-from logitless.backends.contract import Shape, weight_layout
+from logitless import compiled, operators, planning, schedules, validation
+from logitless.backends.contract import Shape
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import Backend, FloatOutput, HeadOptions, IntegerOutput, LossOptions, Reduction, Sampled
 
@@ -96,8 +96,8 @@ def linear_cross_entropy(
         workspace: bytes to hold at most above inputs and gradients: an int, text such as ``"512MiB"``, or None for
             the default policy: an eighth of what the two-stage pipeline holds, at least 64 MiB, exceeded where nothing
             fits it. See ``plan``.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. A named backend runs or raises; ``"auto"`` takes
-            ``"triton"`` on CUDA devices where it can, else ``"torch"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. A named backend runs or raises; ``"auto"``
+            takes ``"triton"`` on CUDA devices where it can, else ``"torch"``.
         group: process group over which the vocabulary is sharded; not supported yet.
         main_grad: fp32 [V, D], e.g. ``lm_head.weight.main_grad``: the weight's gradient is added there in the backward
             pass, without a tensor of its own, and ``linear_weight.grad`` stays as it is.
@@ -308,33 +308,43 @@ def _evaluate(
     recording = torch.is_grad_enabled()
     if not (recording and linear_weight.requires_grad):
         main_grad = None
-    shape = Shape(
-        tokens=tokens.target.shape[0],
-        hidden=hidden.shape[1],
-        vocabulary=linear_weight.shape[0],
-        hidden_dtype=hidden.dtype,
-        weight_dtype=linear_weight.dtype,
-        compute_dtype=_compute_dtype(input, linear_weight),
-        device_type=hidden.device.type,
-        hidden_gradient=recording and hidden.requires_grad,
-        weight_gradient=recording and linear_weight.requires_grad,
-        bias_gradient=recording and linear_bias is not None and linear_bias.requires_grad,
+    wants = (
+        recording and hidden.requires_grad,
+        recording and linear_weight.requires_grad,
+        recording and linear_bias is not None and linear_bias.requires_grad,
+    )
+    compute_dtype = _compute_dtype(input, linear_weight)
+    offsets = None
+    if sampled is not None and any(wants):
+        offsets = _offsets(tokens.target.shape[0], hidden.device, sampled.generator)
+    threshold = None if sampled is None else sampled.threshold
+    if torch.compiler.is_compiling():
+        if main_grad is not None:
+            raise NotImplementedError("main_grad is not supported under torch.compile; call this loss outside of it")
+        settings = compiled.Settings(backend, budget, head, threshold, compute_dtype, wants, schedules.forced())
+        return compiled.apply(
+            hidden, linear_weight, linear_bias, tokens.target, tokens.mask, objective, smoothing, offsets, settings
+        )
+    shape = Shape.of(
+        hidden,
+        linear_weight,
+        tokens.target.shape[0],
+        compute_dtype=compute_dtype,
+        hidden_gradient=wants[0],
+        weight_gradient=wants[1],
+        bias_gradient=wants[2],
         statistics=objective.statistics,
         biased=linear_bias is not None,
         softcapped=head.softcap is not None,
-        threshold=None if sampled is None else sampled.threshold,
+        threshold=threshold,
         compacted=tokens.rows is not None or not hidden.is_contiguous(),
-        weight_layout=weight_layout(linear_weight),
         main_grad=main_grad is not None,
+        functional=False,
     )
     name = planning.choose_backend(backend, shape)
-    plan = planning.choose(shape, name, objective.scalar, budget)
-    offsets = None
-    if sampled is not None and shape.any_gradient:
-        offsets = _offsets(shape.tokens, hidden.device, sampled.generator)
     call = operators.Call(
         shape=shape,
-        plan=plan,
+        plan=planning.choose(shape, name, objective.scalar, budget, schedules.forced()),
         target=tokens.target,
         rows=tokens.rows,
         total_rows=tokens.total,

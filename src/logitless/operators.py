@@ -90,30 +90,52 @@ def apply(
     return _LinearHead.apply(hidden, weight, bias, call)  # type: ignore[no-any-return]
 
 
+def evaluate(
+    call: Call, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[tuple[torch.Tensor, ...], Statistics, Gradients | None]:
+    """Outputs, statistics, and under the chunked strategy the gradients of a scalar output for an upstream one of 1."""
+    schedule, backend, objective = call.plan.schedule, backends.load(call.plan.backend), call.objective
+    prepared = None
+    with torch.autocast(hidden.device.type, enabled=False):
+        problem = call.problem(hidden, weight, bias)
+        if schedule.strategy == "chunked":
+            assert isinstance(objective, LossObjective)
+
+            def coefficients_of(statistics: Statistics, rows: slice) -> Coefficients:
+                return objective.rows(rows).coefficients(statistics, (None,))
+
+            statistics, prepared = backend.forward_with_gradients(problem, schedule, coefficients_of)
+        else:
+            statistics = backend.forward(problem, schedule)
+        outputs = objective.outputs(statistics)
+    if not objective.scalar:
+        outputs = tuple(call.spread(o, 0 if o.is_floating_point() else -1) for o in outputs)
+    return outputs, statistics, prepared
+
+
+def differentiate(
+    call: Call,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    statistics: Statistics,
+    upstream: tuple[torch.Tensor | None, ...],
+) -> Gradients:
+    """Gradients of the rows that count, of weight and of bias, in accumulation dtypes; residuals may be used up."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        problem = call.problem(hidden, weight, bias)
+        coefficients = call.objective.coefficients(statistics, _packed(call, upstream))
+        return backends.load(call.plan.backend).backward(problem, call.plan.schedule, statistics, coefficients)
+
+
 class _LinearHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call
     ) -> tuple[torch.Tensor, ...]:
-        schedule, backend = call.plan.schedule, backends.load(call.plan.backend)
-        objective = call.objective
-        ctx.call, ctx.prepared = call, None
+        outputs, ctx.statistics, ctx.prepared = evaluate(call, hidden, weight, bias)
+        ctx.call = call
         ctx.save_for_backward(hidden, weight, bias)
-        with torch.autocast(hidden.device.type, enabled=False):
-            problem = call.problem(hidden, weight, bias)
-            if schedule.strategy == "chunked":
-                assert isinstance(objective, LossObjective)
-
-                def coefficients_of(statistics: Statistics, rows: slice) -> Coefficients:
-                    return objective.rows(rows).coefficients(statistics, (None,))
-
-                statistics, ctx.prepared = backend.forward_with_gradients(problem, schedule, coefficients_of)
-            else:
-                statistics = backend.forward(problem, schedule)
-            outputs = objective.outputs(statistics)
-        ctx.statistics = statistics
-        if not objective.scalar:
-            outputs = tuple(call.spread(o, 0 if o.is_floating_point() else -1) for o in outputs)
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         ctx.set_materialize_grads(False)
         return outputs
@@ -140,26 +162,21 @@ def _gradients(
     call: Call = ctx.call
     if all(grad is None for grad in upstream):
         return None, None, None
-    backend = backends.load(call.plan.backend)
     scale: torch.Tensor | None = None
-    with torch.autocast(hidden.device.type, enabled=False):
-        if ctx.prepared is not None:
-            (scale,) = upstream
-            gradients: Gradients = ctx.prepared
-            ctx.prepared = None
-        else:
-            problem = call.problem(hidden, weight, bias)
-            coefficients = call.objective.coefficients(ctx.statistics, _packed(call, upstream))
-            gradients = backend.backward(problem, call.plan.schedule, ctx.statistics, coefficients)
-            if call.plan.strategy != "sampled":  # its residuals are read only; the others' are used up
-                ctx.statistics = ctx.statistics.leaving(())
-            del problem
-        packed = _handed_on(gradients, "hidden", scale, hidden.dtype)
-        return (
-            None if packed is None else call.spread(packed),
-            _handed_on(gradients, "weight", scale, weight.dtype),
-            None if bias is None else _handed_on(gradients, "bias", scale, bias.dtype),
-        )
+    if ctx.prepared is not None:
+        (scale,) = upstream
+        gradients: Gradients = ctx.prepared
+        ctx.prepared = None
+    else:
+        gradients = differentiate(call, hidden, weight, bias, ctx.statistics, upstream)
+        if call.plan.strategy != "sampled":  # its residuals are read only; the others' are used up
+            ctx.statistics = ctx.statistics.leaving(())
+    packed = _handed_on(gradients, "hidden", scale, hidden.dtype)
+    return (
+        None if packed is None else call.spread(packed),
+        _handed_on(gradients, "weight", scale, weight.dtype),
+        None if bias is None else _handed_on(gradients, "bias", scale, bias.dtype),
+    )
 
 
 def _packed(call: Call, upstream: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
@@ -173,10 +190,18 @@ def _handed_on(gradients: Gradients, name: str, scale: torch.Tensor | None, dtyp
     """One gradient, scaled while it is still in accumulation dtype, then rounded; its accumulator is let go."""
     gradient: torch.Tensor | None = getattr(gradients, name)
     setattr(gradients, name, None)
-    # Asking an accelerator for the value would stop the host; multiplying by one is cheaper.
-    if gradient is not None and scale is not None and not (scale.device.type == "cpu" and scale.item() == 1):
-        gradient.mul_(scale)
-    return None if gradient is None else gradient.to(dtype)
+    return None if gradient is None else scaled(gradient, scale, dtype)
+
+
+def scaled(gradient: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient times a 0-d scale, rounded once; on an accelerator in one pass, without asking for the scale."""
+    if scale is None or (scale.device.type == "cpu" and scale.item() == 1):
+        return gradient.to(dtype)
+    if gradient.dtype == dtype:
+        return gradient.mul_(scale)
+    if scale.device.type == "cpu":
+        return gradient.mul_(scale).to(dtype)
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
 class _NotTwice(torch.autograd.Function):

@@ -141,8 +141,10 @@ def plan(
         compacted=False,
         weight_layout="rows",
         main_grad=main_grad,
+        functional=False,
     )
-    return choose(shape, choose_backend(backend, shape), reduction != "none", validation.check_workspace(workspace))
+    budget = validation.check_workspace(workspace)
+    return choose(shape, choose_backend(backend, shape), reduction != "none", budget, forced())
 
 
 def choose_backend(name: str, shape: Shape) -> str:
@@ -176,7 +178,8 @@ def two_stage_bytes(shape: Shape) -> int:
     return tensors * shape.tokens * shape.vocabulary * shape.compute_dtype.itemsize
 
 
-def choose(shape: Shape, backend: str, scalar: bool, workspace: int | None) -> Plan:
+@functools.lru_cache(maxsize=256)
+def choose(shape: Shape, backend: str, scalar: bool, workspace: int | None, forced: Forced | None) -> Plan:
     """The plan for a problem.
 
     Args:
@@ -184,17 +187,12 @@ def choose(shape: Shape, backend: str, scalar: bool, workspace: int | None) -> P
         backend: a name that ``choose_backend`` returned.
         scalar: whether the output is one number, so that its gradient may be computed before the upstream one is known.
         workspace: bytes, or None for the default.
+        forced: what ``force_strategy`` demands.
 
     Raises:
         ValueError: no schedule fits; the message says the smallest workspace that works.
     """
-    return _choose(shape, backend, scalar, workspace, forced())
-
-
-@functools.lru_cache(maxsize=256)
-def _choose(shape: Shape, backend: str, scalar: bool, workspace: int | None, forced: Forced | None) -> Plan:
-    del forced  # the search asks for it too; here it is part of the key
-    search = Search(shape, scalar, backends.load(backend))
+    search = Search(shape, scalar, backends.load(backend), forced)
     budget = default_budget(shape) if workspace is None else workspace
     schedule = search.best(budget)
     if schedule is None:

@@ -1,7 +1,7 @@
 """Schedules for a problem: which there are, and which of those that fit is best.
 
-A backend that can say what a schedule costs gets the cheapest; the others get the first in an order of preference, which
-is that of the torch backend on a CPU.
+A backend that can say what a schedule costs gets the cheapest; the others get the first in an order of preference,
+which is that of the torch backend on a CPU.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TILE_ROWS = (2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 WINDOW_OVERHEAD = 128
 
 
-# Sizes that the cheapest schedule is sought among. On a GPU a product of fewer rows than a few thousand loses speed to the
-# traffic of the weight and its gradient.
+# Sizes that the cheapest schedule is sought among. On a GPU a product of fewer rows than a few thousand loses speed to
+# the traffic of the weight and its gradient.
 COSTED_ROWS = (32768, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 512, 256, 128, 64, 32, 16)
 COSTED_WINDOWS = (32768, 16384, 8192, 4096, 2048, 1024, 512, 256, 128)
 # Of schedules whose cost is within this of the least, the one that holds the least is taken.
-SAME_COST = 1.005
+SAME_COST = 1.01
 
 STRATEGIES: dict[Strategy, str] = {
     "loss_only": "no gradient is wanted",
@@ -46,6 +46,16 @@ Fits = Callable[[Schedule], bool]
 
 
 @dataclass(frozen=True)
+class Forced:
+    """What ``force_strategy`` demands."""
+
+    strategy: Strategy
+    rows: int | None
+    window: int | None
+    kept: int | None
+
+
+@dataclass(frozen=True)
 class Search:
     """The schedules of one problem on one backend.
 
@@ -53,11 +63,13 @@ class Search:
         shape: of the problem.
         scalar: whether the output is one number, so that its gradient may be computed before the upstream one is known.
         backend: which serves it.
+        forced: the one schedule there is, if a test demands it.
     """
 
     shape: Shape
     scalar: bool
     backend: BackendModule
+    forced: Forced | None = None
 
     def needed(self, schedule: Schedule) -> int:
         """Bytes a schedule holds."""
@@ -65,9 +77,8 @@ class Search:
 
     def best(self, budget: int) -> Schedule | None:
         """The best schedule that holds no more than the budget, or None where none does."""
-        forced = _forced[-1]
-        if forced is not None:
-            schedule = self._forced(forced)
+        if self.forced is not None:
+            schedule = self._demanded(self.forced)
             return schedule if self.needed(schedule) <= budget else None
 
         def fits(schedule: Schedule) -> bool:
@@ -81,8 +92,8 @@ class Search:
 
     def least(self) -> Schedule:
         """The schedule that holds least."""
-        if _forced[-1] is not None:
-            return self._forced(_forced[-1])
+        if self.forced is not None:
+            return self._demanded(self.forced)
         return min(self._costed_candidates() if self._costed else self._preferred(), key=self.needed)
 
     @property
@@ -113,7 +124,6 @@ class Search:
             for rows in _up_to(COSTED_ROWS, tokens):
                 yield Schedule("loss_only", rows, vocabulary)
             return
-        yield Schedule("stored", tokens, vocabulary, kept_windows=1, backward_window=vocabulary)
         windows = [window for window in COSTED_WINDOWS if window % multiple == 0 and window < vocabulary] or [
             vocabulary
         ]
@@ -198,7 +208,7 @@ class Search:
         """Keep the first windows' logits in the weight gradient's buffer, as many as fit from its second window on."""
         shape = self.shape
         item, weight_item = shape.product_dtype.itemsize, shape.weight_dtype.itemsize
-        if not shape.weight_gradient or shape.main_grad or item > weight_item:
+        if not shape.weight_gradient or shape.main_grad or shape.functional or item > weight_item:
             return schedule
         window = schedule.window
         elements = max(0, shape.vocabulary - window) * shape.hidden * weight_item // item
@@ -220,7 +230,7 @@ class Search:
 
     # --- forced -------------------------------------------------------------------------------------------------------
 
-    def _forced(self, forced: Forced) -> Schedule:
+    def _demanded(self, forced: Forced) -> Schedule:
         shape, strategy = self.shape, forced.strategy
         tokens, vocabulary = max(1, shape.tokens), shape.vocabulary
         natural = "loss_only" if not shape.any_gradient else "sampled" if shape.threshold is not None else "exact"
@@ -249,16 +259,6 @@ class Search:
 def _up_to(sizes: tuple[int, ...], limit: int) -> list[int]:
     """Distinct sizes, none above the limit, in order."""
     return list(dict.fromkeys(min(size, max(1, limit)) for size in sizes))
-
-
-@dataclass(frozen=True)
-class Forced:
-    """What ``force_strategy`` demands."""
-
-    strategy: Strategy
-    rows: int | None
-    window: int | None
-    kept: int | None
 
 
 _forced: list[Forced | None] = [None]

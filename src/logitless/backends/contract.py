@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -68,6 +68,7 @@ class Shape:
         weight_layout: of the weight in memory: ``"rows"`` one after the other, aligned to 16 bytes; ``"columns"`` one
             after the other; ``"unaligned"`` rows; or ``"strided"``, neither.
         main_grad: whether the weight's gradient is added to an fp32 buffer of the caller's.
+        functional: whether what a forward pass leaves must stay as it is, as under torch.compile.
     """
 
     tokens: int
@@ -87,6 +88,27 @@ class Shape:
     compacted: bool
     weight_layout: WeightLayout
     main_grad: bool
+    functional: bool
+
+    @classmethod
+    def of(
+        cls,
+        hidden: torch.Tensor,  # [N, D]
+        weight: torch.Tensor,  # [V, D]
+        tokens: int,
+        **others: Any,
+    ) -> Shape:
+        """The shape of a problem on these tensors, of which ``tokens`` rows count."""
+        return cls(
+            tokens=tokens,
+            hidden=int(hidden.shape[1]),
+            vocabulary=int(weight.shape[0]),
+            hidden_dtype=hidden.dtype,
+            weight_dtype=weight.dtype,
+            device_type=hidden.device.type,
+            weight_layout=weight_layout(weight),
+            **others,
+        )
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -130,10 +152,15 @@ class Schedule:
     backward_window: int = 0
 
 
+def ceil_div(total: int, step: int) -> int:
+    """How many steps cover the total."""
+    return -(-total // step)
+
+
 def weight_layout(weight: torch.Tensor) -> WeightLayout:
     """How a weight [V, D] lies in memory."""
     if weight.stride(1) == 1:
-        aligned = (weight.data_ptr() | weight.stride(0) * weight.element_size()) % 16 == 0
+        aligned = (weight.storage_offset() * weight.element_size() | weight.stride(0) * weight.element_size()) % 16 == 0
         return "rows" if aligned else "unaligned"
     return "columns" if weight.stride(0) == 1 else "strided"
 

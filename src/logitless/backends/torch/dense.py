@@ -150,13 +150,16 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     buffer = None
     for number, columns in enumerate(slices(shape.vocabulary, schedule.backward_window)):
         place = left.place(number)
-        if place is not None:
-            width = columns.stop - columns.start
-            raw = place[: shape.tokens * width].view(shape.tokens, width)
+        size = (shape.tokens, columns.stop - columns.start)
+        if place is not None and not shape.functional:
+            raw = place[: size[0] * size[1]].view(size)
         else:
             if buffer is None:
                 buffer = projection.buffer(shape.tokens * schedule.backward_window)
-            raw = projection.multiply(projection.hidden, columns, buffer)
+            if place is None:
+                raw = projection.multiply(projection.hidden, columns, buffer)
+            else:  # what the forward pass left must stay as it is
+                raw = buffer[: size[0] * size[1]].view(size).copy_(place[: size[0] * size[1]].view(size))
         here = replace(
             rows,
             window_logsumexp=left.window_sums(number),

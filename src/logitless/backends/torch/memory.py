@@ -95,7 +95,7 @@ def _logits(shape: Shape, rows: int, window: int, schedule: Schedule) -> int:
     windows = math.ceil(shape.vocabulary / window)
     others = windows - schedule.kept_windows
     kept = max(0, shape.vocabulary - others * window)
-    buffer = rows * window if others > schedule.lodged_windows else 0
+    buffer = rows * window if others > schedule.lodged_windows or shape.functional else 0
     return (shape.tokens * kept + buffer) * shape.product_dtype.itemsize
 
 

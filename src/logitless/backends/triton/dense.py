@@ -5,8 +5,8 @@ weight gradient will fill; windows that are *recomputed*; and one *kept* run, wh
 ``stored`` keeps everything.
 
 What is kept is the softmax within each tile, rounded to the compute dtype, beside the fp32 table of the tiles' sums. A
-rounded probability has a relative error of half an ulp, where a rounded logit of 16 has one of 3 % in bf16; so statistics
-and gradient are those of unrounded logits.
+rounded probability has a relative error of half an ulp, where a rounded logit of 16 has one of 3 % in bf16; so
+statistics and gradient are those of unrounded logits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import triton
 
 from logitless.backends.contract import (
     LODGING,
@@ -25,6 +24,7 @@ from logitless.backends.contract import (
     Shape,
     Statistics,
     TensorForm,
+    ceil_div,
     lodging_spacing,
 )
 from logitless.backends.triton.launch import Launcher, Tables
@@ -44,7 +44,7 @@ def slices(start: int, stop: int, step: int) -> Iterator[slice]:
 def runs(shape: Shape, schedule: Schedule) -> tuple[slice, slice, slice]:
     """The lodged, recomputed and kept columns."""
     lodged = min(schedule.lodged_windows * schedule.window, shape.vocabulary)
-    windows = triton.cdiv(shape.vocabulary, schedule.window)
+    windows = ceil_div(shape.vocabulary, schedule.window)
     kept = max(lodged, (windows - schedule.kept_windows) * schedule.window) if schedule.kept_windows else None
     start = shape.vocabulary if kept is None else kept
     return slice(0, lodged), slice(lodged, start), slice(start, shape.vocabulary)
@@ -52,11 +52,11 @@ def runs(shape: Shape, schedule: Schedule) -> tuple[slice, slice, slice]:
 
 def padded(columns: int) -> int:
     """Elements of a row of a buffer for that many columns."""
-    return triton.cdiv(columns, PADDING) * PADDING
+    return ceil_div(columns, PADDING) * PADDING
 
 
 def residuals(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]:
-    """What ``forward`` leaves: the weight gradient's buffer, kept columns, their table; order, targets, count of rows."""
+    """What ``forward`` leaves: the weight gradient's buffer, kept columns, their table; order, target, count of rows."""
     if schedule.strategy == "loss_only":
         return []
     lodged, _, kept = runs(shape, schedule)
@@ -110,7 +110,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     if schedule.strategy != "loss_only":
         left = [
             torch.empty(size, dtype=dtype, device=launcher.device)
-            for size, dtype in residuals(shape, schedule, triton.cdiv(shape.vocabulary, launcher.block))[:2]
+            for size, dtype in residuals(shape, schedule, ceil_div(shape.vocabulary, launcher.block))[:2]
         ]
         lodging = lodgings(left[0], problem, schedule) if lodged.stop else None
         storage = left[1][None, :, : kept.stop - kept.start]
@@ -178,29 +178,28 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     if not left:  # used up by an earlier backward pass
         lodged, recomputed, kept = slice(0, 0), slice(0, shape.vocabulary), slice(0, 0)
     windows = list(slices(recomputed.start, recomputed.stop, schedule.backward_window))
-    pieces = schedule.lodged_windows * (lodged.stop > 0) + len(windows) + (kept.stop > kept.start)
-    weight = left[LODGING] if lodged.stop else None
-    sums = _Accumulators(launcher, weight, single=pieces == 1)
-
-    def finish(gradient: torch.Tensor, columns: slice) -> None:
+    whole = max(1, kept.stop - kept.start)
+    kept_windows = list(slices(kept.start, kept.stop, schedule.backward_window if shape.functional else whole))
+    lodged_windows = list(slices(0, lodged.stop, schedule.window))
+    weight = left[LODGING] if lodged_windows else None
+    single = len(lodged_windows) + len(windows) + len(kept_windows) == 1
+    sums = _Accumulators(launcher, weight, single=single)
+    if lodged_windows:
+        for place, columns in zip(lodgings(left[LODGING], problem, schedule), lodged_windows, strict=True):
+            launcher.stored_gradient(place, place, left[2], 0, columns, statistics, coefficients)
+            sums.add(hidden, place, columns)
+    width = max((columns.stop - columns.start for columns in windows + kept_windows * shape.functional), default=0)
+    buffer = launcher.empty(shape.tokens, padded(width), dtype=shape.compute_dtype)
+    for columns in windows:
+        gradient = buffer[:, : columns.stop - columns.start]
+        launcher.window_gradient(hidden, gradient, columns, statistics, coefficients)
         sums.add(hidden, gradient, columns)
-
-    if lodged.stop:
-        places = lodgings(left[LODGING], problem, schedule)
-        for number, columns in enumerate(slices(0, lodged.stop, schedule.window)):
-            launcher.stored_gradient(places[number], left[2], 0, columns, statistics, coefficients)
-            finish(places[number][:, : columns.stop - columns.start], columns)
-    if windows:
-        width = max(columns.stop - columns.start for columns in windows)
-        buffer = launcher.empty(shape.tokens, padded(width), dtype=shape.compute_dtype)
-        for columns in windows:
-            gradient = buffer[:, : columns.stop - columns.start]
-            launcher.window_gradient(hidden, gradient, columns, statistics, coefficients)
-            finish(gradient, columns)
-    if kept.stop > kept.start:
-        gradient = left[1][:, : kept.stop - kept.start]
-        launcher.stored_gradient(gradient, left[2], 0, kept, statistics, coefficients)
-        finish(gradient, kept)
+    for columns in kept_windows:
+        softmax = left[1][:, columns.start - kept.start : columns.stop - kept.start]
+        gradient = buffer[:, : columns.stop - columns.start] if shape.functional else softmax
+        launcher.stored_gradient(softmax, gradient, left[2], 0, columns, statistics, coefficients)
+        sums.add(hidden, gradient, columns)
+    del buffer
     hidden_gradient = None
     if sums.hidden is not None:
         hidden_gradient = launcher.empty(*sums.hidden.shape, dtype=shape.hidden_dtype)
@@ -221,7 +220,7 @@ def forward_with_gradients(
     everything = slice(0, shape.vocabulary)
     target_logit = launcher.empty(shape.tokens)
     buffer = launcher.empty(schedule.rows, padded(shape.vocabulary), dtype=shape.compute_dtype)
-    hidden_gradient = weight_gradient = None
+    hidden_gradient = weight_gradient = product = None
     if shape.hidden_gradient:
         hidden_gradient = launcher.empty(shape.tokens, shape.hidden)
         product = launcher.empty(schedule.rows, shape.hidden)
@@ -239,8 +238,8 @@ def forward_with_gradients(
         launcher.combine(tables, target_logit, rows.start, count, statistics)
         # Rows of later chunks have no statistics yet; their coefficients are not read.
         coefficients = coefficients_of(statistics, slice(0, shape.tokens))
-        launcher.stored_gradient(gradient, tables.log_sum, rows.start, everything, statistics, coefficients)
-        if hidden_gradient is not None:
+        launcher.stored_gradient(gradient, gradient, tables.log_sum, rows.start, everything, statistics, coefficients)
+        if hidden_gradient is not None and product is not None:
             multiply(gradient, launcher.weight, product[:count], add=False, scale=scale)
             scatter_rows(product[:count], launcher.rows, rows.start, hidden_gradient)
         if weight_gradient is not None:

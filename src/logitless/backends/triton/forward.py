@@ -101,17 +101,17 @@ def scan_kernel(
     STORE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Statistics of each row within each block of BLOCK columns from the first to the end, for rows below the count.
+    """Statistics of each row within each block of BLOCK columns, from the first to the end, for rows below the count.
 
-    Grid: ``programs`` persistent programs, each a walk over tiles of [BM, BN]; tiles past the count of rows do not exist.
+    Grid: ``programs`` persistent programs, each a walk over tiles of [BM, BN]; there are no tiles past the count of rows.
     With STORE the tile's own softmax is written too, rounded to its tensor's dtype: 2^(y - block), BLOCK = BN.
-    Precision: products accumulate in fp32, everything after is fp32. Deterministic: no order between tiles matters; ranks
-    are sums of integers.
+    Precision: products accumulate in fp32, everything after is fp32. Deterministic: no order between tiles matters;
+    ranks are sums of integers.
     """
     rows_here = min(rows, tl.load(count) - first_row)
     row_tiles = tl.cdiv(rows_here, BM)
     column_tiles = tl.cdiv(end_column - first_column, BN)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=True):
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=True):  # pyright: ignore
         row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
         row, column = row_tile * BM, first_column + column_tile * BN
         products = tl.zeros((BM, BN), tl.float32)

@@ -1,15 +1,17 @@
 """Kernels over one problem: operands, constants and grids, so that strategies read as steps."""
 
+# A launch takes num_warps and num_stages besides the kernel's own parameters.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from logitless.backends.contract import Coefficients, Problem, Statistics
+from logitless.backends.contract import Coefficients, Problem, Statistics, ceil_div
 from logitless.backends.triton import tiles
 from logitless.backends.triton.forward import combine_kernel, scan_kernel
 from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows
@@ -74,7 +76,7 @@ class Launcher:
 
     def tables(self, rows: int) -> Tables:
         """Unwritten tables for that many rows."""
-        blocks, wanted = triton.cdiv(self.shape.vocabulary, self.block), self.shape.statistics
+        blocks, wanted = ceil_div(self.shape.vocabulary, self.block), self.shape.statistics
         predict = "prediction" in wanted
         return Tables(
             log_sum=self.empty(blocks, rows),
@@ -101,8 +103,8 @@ class Launcher:
         if hidden.shape[0] == 0 or columns.stop == columns.start:
             return
         tile, head = self.tile("scan" if softmax is None else "store"), self.problem.head
-        columns_of_tiles = triton.cdiv(columns.stop - columns.start, tile.columns)
-        programs = min(tiles.processors(self._index), triton.cdiv(hidden.shape[0], tile.rows) * columns_of_tiles)
+        columns_of_tiles = ceil_div(columns.stop - columns.start, tile.columns)
+        programs = min(tiles.processors(self._index), ceil_div(hidden.shape[0], tile.rows) * columns_of_tiles)
         operands = self._operands(hidden, tile)
         absent = tables.log_sum
         scan_kernel[(programs,)](
@@ -160,7 +162,7 @@ class Launcher:
         if rows == 0:
             return
         absent = tables.log_sum
-        combine_kernel[(triton.cdiv(rows, COMBINED_ROWS),)](
+        combine_kernel[(ceil_div(rows, COMBINED_ROWS),)](
             tables.log_sum,
             _or(tables.mean, absent),
             _or(tables.smooth, absent),
@@ -189,19 +191,21 @@ class Launcher:
     def stored_gradient(
         self,
         softmax: torch.Tensor,  # [R, U] of a window
+        gradient: torch.Tensor,  # [R, U]
         log_sum: torch.Tensor,  # [T, R]
         first_row: int,
         columns: slice,
         statistics: Statistics,
         coefficients: Coefficients,
     ) -> None:
-        """The window's softmax to the gradient of its logits, in place."""
+        """The window's softmax to the gradient of its logits, which may take its place."""
         rows, flags = softmax.shape[0], self._coefficient_flags(coefficients)
         if rows == 0:
             return
-        grid = (triton.cdiv(rows, GRADIENT_ROWS), triton.cdiv(columns.stop - columns.start, self.block))
+        grid = (ceil_div(rows, GRADIENT_ROWS), ceil_div(columns.stop - columns.start, self.block))
         stored_gradient_kernel[grid](
             softmax,
+            gradient,
             log_sum,
             statistics.logsumexp,
             coefficients.a,
@@ -211,6 +215,7 @@ class Launcher:
             self.rows.order,
             self.rows.count,
             softmax.stride(0),
+            gradient.stride(0),
             log_sum.stride(0),
             first_row,
             rows,
@@ -224,7 +229,7 @@ class Launcher:
             SOFTCAP=self._head["SOFTCAP"],
             num_warps=4,
         )
-        self._target_entries(softmax, first_row, columns, statistics, coefficients)
+        self._target_entries(gradient, first_row, columns, statistics, coefficients)
 
     def window_gradient(
         self,
@@ -238,9 +243,9 @@ class Launcher:
         rows, tile, head = hidden.shape[0], self.tile("window"), self.problem.head
         if rows == 0:
             return
-        columns_of_tiles = triton.cdiv(columns.stop - columns.start, tile.columns)
-        programs = min(tiles.processors(self._index), triton.cdiv(rows, tile.rows) * columns_of_tiles)
-        clear_rows_kernel[(triton.cdiv(rows, CLEARED_ROWS),)](
+        columns_of_tiles = ceil_div(columns.stop - columns.start, tile.columns)
+        programs = min(tiles.processors(self._index), ceil_div(rows, tile.rows) * columns_of_tiles)
+        clear_rows_kernel[(ceil_div(rows, CLEARED_ROWS),)](
             gradient,
             self.rows.count,
             gradient.stride(0),
@@ -284,7 +289,7 @@ class Launcher:
     def add_column_sums(self, gradient: torch.Tensor, first_row: int, sums: torch.Tensor) -> None:
         """``sums`` [U] += sum of the rows of ``gradient`` [R, U] that count."""
         columns = gradient.shape[1]
-        column_sums_kernel[(triton.cdiv(columns, SUMMED_COLUMNS),)](
+        column_sums_kernel[(ceil_div(columns, SUMMED_COLUMNS),)](
             gradient,
             sums,
             self.rows.count,
@@ -306,7 +311,7 @@ class Launcher:
         coefficients: Coefficients,
     ) -> None:
         c = coefficients
-        target_entries_kernel[(triton.cdiv(gradient.shape[0], TARGET_ROWS),)](
+        target_entries_kernel[(ceil_div(gradient.shape[0], TARGET_ROWS),)](
             gradient,
             self.rows.target,
             statistics.target_logit,

@@ -6,12 +6,11 @@ measured rates, good enough to rank schedules; their absolute value is not promi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from logitless.backends.contract import Schedule, Shape
+from logitless.backends.contract import Schedule, Shape, ceil_div
 from logitless.backends.triton import tiles
 from logitless.backends.triton.dense import padded, runs
 
@@ -23,7 +22,7 @@ SLACK = 1 << 16
 
 def blocks(shape: Shape) -> int:
     """Rows of the table of block sums."""
-    return math.ceil(shape.vocabulary / window_multiple(shape))
+    return ceil_div(shape.vocabulary, window_multiple(shape))
 
 
 def window_multiple(shape: Shape) -> int:
@@ -53,7 +52,10 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
     early = 0 if lodged.stop else -_weight_gradient(shape)
     forward = left + _tables(shape, shape.tokens) - (_table(shape, shape.tokens) if keeps else 0) + early
     forward += _hidden(shape, shape.tokens) - _hidden_gradient(shape)
-    width = min(schedule.backward_window, recomputed.stop - recomputed.start)
+    width = recomputed.stop - recomputed.start
+    if shape.functional:
+        width = max(width, kept.stop - kept.start)
+    width = min(schedule.backward_window, width)
     accumulator = _hidden_accumulator(shape, _pieces(shape, schedule) == 1)
     multiplying = _hidden(shape, shape.tokens) + shape.tokens * padded(width) * item
     backward = left + accumulator + max(0, multiplying - _hidden_gradient(shape))
@@ -62,8 +64,10 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
 
 def _pieces(shape: Shape, schedule: Schedule) -> int:
     lodged, recomputed, kept = runs(shape, schedule)
-    windows = math.ceil((recomputed.stop - recomputed.start) / max(1, schedule.backward_window))
-    return windows + (schedule.lodged_windows if lodged.stop else 0) + (kept.stop > kept.start)
+    windows = ceil_div((recomputed.stop - recomputed.start), max(1, schedule.backward_window))
+    kept_width = kept.stop - kept.start
+    kept_pieces = ceil_div(kept_width, schedule.backward_window) if shape.functional else kept_width > 0
+    return windows + (schedule.lodged_windows if lodged.stop else 0) + kept_pieces
 
 
 def _weight_copy(shape: Shape) -> int:
@@ -149,10 +153,10 @@ def cost(shape: Shape, schedule: Schedule) -> float:
 
     def whole_waves(rows: int, columns: int) -> float:
         """Time of a product over its ideal, from the last wave of tiles that is not full."""
-        count = math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns)
-        return math.ceil(count / processors) * processors / max(1, count)
+        count = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns)
+        return ceil_div(count, processors) * processors / max(1, count)
 
-    chunks = math.ceil(n / max(1, schedule.rows))
+    chunks = ceil_div(n, max(1, schedule.rows))
     seconds = column * v * whole_waves(min(schedule.rows, max(1, n)), v) + chunks * rates.step
     if schedule.strategy == "loss_only":
         return seconds
@@ -162,7 +166,7 @@ def cost(shape: Shape, schedule: Schedule) -> float:
         stored, traffic = v, (8 * chunks + 6) * v * d * shape.weight_gradient
         pieces = chunks
     else:
-        lodged, recomputed, kept = runs(shape, schedule)
+        lodged, recomputed, _ = runs(shape, schedule)
         width = recomputed.stop - recomputed.start
         stored, pieces = v - width, _pieces(shape, schedule)
         window = min(schedule.backward_window, max(1, width))

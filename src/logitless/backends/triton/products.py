@@ -15,8 +15,8 @@ def multiply(
 ) -> None:
     """``result = scale * left @ right``, added to what is there with ``add``.
 
-    A result wider than the operands gets the fp32 sums unrounded; where the library cannot write the result's dtype, the
-    product is formed in fp32 and rounded once.
+    A result wider than the operands gets the fp32 sums unrounded; where the library cannot write the result's dtype,
+    the product is formed in fp32 and rounded once.
     """
     beta = 1.0 if add else 0.0
     if result.dtype == left.dtype:

@@ -5,6 +5,9 @@
 ``gather_rows`` and brought back by ``scatter_rows``.
 """
 
+# A launch takes num_warps and num_stages besides the kernel's own parameters.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+from logitless.backends.contract import ceil_div
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def order_rows(target: torch.Tensor, counted: torch.Tensor | None) -> RowOrder:
 
 
 def _grid(rows: int, columns: int) -> tuple[int, int]:
-    return triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS)
+    return ceil_div(rows, ROWS), ceil_div(columns, COLUMNS)
 
 
 def gather_rows(source: torch.Tensor, order: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -118,7 +123,7 @@ def gather_rows(source: torch.Tensor, order: torch.Tensor, result: torch.Tensor)
 
 
 def scatter_rows(source: torch.Tensor, rows: RowOrder, first_row: int, result: torch.Tensor) -> torch.Tensor:
-    """Rows [M, D], from place ``first_row`` on, to the caller's rows of ``result`` [N, D]; zero where they do not count."""
+    """Rows [M, D], from place ``first_row`` on, to the caller's rows of ``result`` [N, D]; zeros where none counts."""
     count, columns = source.shape
     if count:
         scatter_rows_kernel[_grid(count, columns)](

@@ -4,8 +4,9 @@ With p the softmax, k the derivative of the cap and s the smoothing,
 
     dz_iv = (p_iv (a_i + b_i z_iv) - c_i [v = target_i] - d_i s_v) k_iv
 
-but for the scale, which the products that follow apply to their fp32 results. The target's entry is written by a kernel
-of its own, from the row's fp32 statistics: the one-hot is subtracted before any rounding, and no other entry pays for it.
+but for the scale, which the products that follow apply to their fp32 results. The target's entry is written by a
+kernel of its own, from the row's fp32 statistics: the one-hot is subtracted before any rounding, and no other entry pays
+for it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def softmax_gradient(
     SOFTCAP: tl.constexpr,
 ):
     """[R, U] gradient of the logits without the one-hot, from probabilities and, where needed, logits ``y``."""
-    if B:
+    if B:  # noqa: SIM108
         gradient = tl.where(p > 0, p * (a[:, None] + b[:, None] * (y * LN2)), 0.0)
     else:
         gradient = p * a[:, None]
@@ -52,7 +53,8 @@ def softmax_gradient(
 
 @triton.jit
 def stored_gradient_kernel(
-    softmax,  # [N, stride] softmax within each tile; overwritten by the gradient
+    softmax,  # [N, softmax_stride] softmax within each tile
+    gradient,  # [N, gradient_stride] written; may be the same memory
     table,  # [T, table_stride] fp32 log2-sum-exp of each tile of BLOCK columns
     logsumexp,  # [N] fp32
     a,  # [N] fp32, as b and d, at the caller's places
@@ -61,7 +63,8 @@ def stored_gradient_kernel(
     smoothing,  # [V] where SMOOTH_VECTOR
     order,  # [N] int32
     count,  # [1] int32
-    stride,
+    softmax_stride,
+    gradient_stride,
     table_stride,
     first_row,
     rows_here,
@@ -76,10 +79,10 @@ def stored_gradient_kernel(
     SMOOTH_VECTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Gradient of the logits from the softmax within tiles, in place: one read, one write, no exponential per entry.
+    """Gradient of the logits from the softmax within tiles: one read, one write, no exponential per entry.
 
-    p = tile's softmax * 2^(tile's log-sum-exp - row's); where a logit is needed it is log2 of the tile's softmax plus the
-    tile's log-sum-exp. Rows that do not count become zero. Grid: tiles of ROWS x BLOCK, rows first.
+    p = tile's softmax * 2^(tile's log-sum-exp - row's); where a logit is needed it is log2 of the tile's softmax plus
+    the tile's log-sum-exp. Rows that do not count become zero. Grid: tiles of ROWS x BLOCK, rows first.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = first_column // BLOCK + tl.program_id(1)
@@ -89,7 +92,7 @@ def stored_gradient_kernel(
     origin = tl.load(order + first_row + row, mask=inside, other=0)
     lse = tl.load(logsumexp + origin, mask=counts, other=0.0) * LOG2E
     own = tl.load(table + tile.to(tl.int64) * table_stride + row, mask=counts, other=0.0)
-    place = softmax + row.to(tl.int64)[:, None] * stride + column[None, :]
+    place = softmax + row.to(tl.int64)[:, None] * softmax_stride + column[None, :]
     exists = (first_column + column < vocabulary)[None, :]
     share = tl.load(place, mask=counts[:, None] & exists, other=0.0).to(tl.float32)
     y = share
@@ -104,7 +107,7 @@ def stored_gradient_kernel(
         coefficient_b = tl.load(b + origin, mask=counts, other=0.0)
     if SMOOTH:
         coefficient_d = tl.load(d + origin, mask=counts, other=0.0)
-    gradient = softmax_gradient(
+    dz = softmax_gradient(
         share * tl.exp2(own - lse)[:, None],
         y,
         coefficient_a,
@@ -120,8 +123,9 @@ def stored_gradient_kernel(
         SMOOTH_VECTOR,
         SOFTCAP,
     )
-    gradient = tl.where(counts[:, None], gradient, 0.0)
-    tl.store(place, gradient.to(softmax.dtype.element_ty), mask=inside[:, None] & exists)
+    dz = tl.where(counts[:, None], dz, 0.0)
+    result = gradient + row.to(tl.int64)[:, None] * gradient_stride + column[None, :]
+    tl.store(result, dz.to(gradient.dtype.element_ty), mask=inside[:, None] & exists)
 
 
 @triton.jit

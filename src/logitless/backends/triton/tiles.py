@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import triton
+from triton import knobs
 
 Kind = Literal["scan", "store", "window"]
 
@@ -51,9 +51,9 @@ class Tile:
 TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
     "hopper": {
         2: {
-            "scan": Tile(128, 256, 64, 16, 8, 4),
-            "store": Tile(128, 256, 64, 16, 8, 3),
-            "window": Tile(128, 256, 64, 16, 8, 3),
+            "scan": Tile(128, 256, 64, 32, 8, 4),
+            "store": Tile(128, 256, 64, 32, 8, 3),
+            "window": Tile(128, 256, 64, 32, 8, 3),
         },
         4: {
             "scan": Tile(128, 128, 32, 16, 8, 3),
@@ -78,7 +78,7 @@ INTERPRETER_PROGRAMS = 3
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 @functools.lru_cache

@@ -42,13 +42,13 @@ def window_gradient_kernel(
 ):
     """``dz`` of a window without the one-hot and the scale, for rows below the count.
 
-    Grid: ``programs`` persistent programs, each a walk over tiles of [BM, BN]. Precision: products accumulate in fp32, the
-    result is rounded once, to the dtype of its tensor. Deterministic: each entry is written once.
+    Grid: ``programs`` persistent programs, each a walk over tiles of [BM, BN]. Precision: products accumulate in fp32,
+    the result is rounded once, to the dtype of its tensor. Deterministic: each entry is written once.
     """
     rows_here = tl.load(count)
     row_tiles = tl.cdiv(rows_here, BM)
     column_tiles = tl.cdiv(end_column - first_column, BN)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=True):
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=True):  # pyright: ignore
         row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
         row, column = row_tile * BM, first_column + column_tile * BN
         products = tl.zeros((BM, BN), tl.float32)
