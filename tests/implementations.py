@@ -52,6 +52,7 @@ class Implementation:
     rows: int | None = None  # tokens a chunk
     window: int | None = None  # vocabulary columns a window
     kept: int | None = None  # windows kept besides those that lodge in the weight's gradient
+    prepared: bool = False  # whether the gradient of the logits is formed in the forward pass
     sampled: bool = False
 
     def __str__(self) -> str:
@@ -64,12 +65,12 @@ class Implementation:
     @property
     def any_upstream(self) -> bool:
         """Whether the gradient waits for the upstream one, as ``reduction="none"`` and token statistics need."""
-        return self.strategy != "chunked"
+        return self.strategy != "chunked" and not self.prepared
 
     def forced(self) -> contextlib.AbstractContextManager:
         if self.strategy is None:
             return contextlib.nullcontext()
-        sizes = {"rows": self.rows, "window": self.window, "kept": self.kept}
+        sizes = {"rows": self.rows, "window": self.window, "kept": self.kept, "prepared": self.prepared}
         return logitless.schedules.force_strategy(
             self.strategy, **{name: size for name, size in sizes.items() if size is not None}
         )
@@ -106,6 +107,7 @@ SAMPLED = Implementation("torch-sampled", "torch", "sampled", rows=5, sampled=Tr
 LOSS_ONLY = Implementation("torch-loss_only", "torch", "loss_only", rows=5)
 
 TRITON_STORED = Implementation("triton-stored", "triton", "stored")
+TRITON_PREPARED = Implementation("triton-prepared", "triton", "stored", prepared=True)
 TRITON_CHUNKED = Implementation("triton-chunked", "triton", "chunked", rows=5)
 TRITON_WINDOWED = Implementation("triton-windowed", "triton", "windowed", window=1)
 TRITON_KEPT = Implementation("triton-kept", "triton", "windowed", window=1, kept=1)
@@ -115,7 +117,7 @@ WITH_TRITON = importlib.util.find_spec("triton") is not None
 
 # All that give gradients.
 TORCH = (REFERENCE, REFERENCE_SAMPLED, STORED, CHUNKED, WINDOWED, SAMPLED)
-TRITON = (TRITON_STORED, TRITON_CHUNKED, TRITON_WINDOWED, TRITON_KEPT) if WITH_TRITON else ()
+TRITON = (TRITON_STORED, TRITON_PREPARED, TRITON_CHUNKED, TRITON_WINDOWED, TRITON_KEPT) if WITH_TRITON else ()
 IMPLEMENTATIONS = TORCH + TRITON
 ANY_UPSTREAM = tuple(implementation for implementation in IMPLEMENTATIONS if implementation.any_upstream)
 # All that serve where no gradient is wanted.

@@ -1,9 +1,9 @@
 """The operator under torch.compile and torch.export: two ``torch.library`` operators that a graph can hold.
 
 ``logitless::linear_head`` gives the objective's outputs and what its gradient needs, and
-``logitless::linear_head_backward`` the gradients. Both are functional: nothing that a forward pass leaves is overwritten
-and no outputs share memory, so windows do not lodge in the weight gradient, and what is kept is read, not used up.
-Everything that is not a tensor travels as text, so that a graph can hold it. Sizes are those of the trace: another
+``logitless::linear_head_backward`` the gradients. Both are functional: nothing that a forward pass leaves is
+overwritten and no outputs share memory, so windows do not lodge in the weight gradient, and what is kept is read, not
+used up. Everything that is not a tensor travels as text, so that a graph can hold it. Sizes are those of the trace: another
 number of tokens compiles anew.
 """
 
@@ -65,7 +65,9 @@ def _written(settings: Settings, objective: LossObjective | StatisticsObjective,
     """Everything that is not a tensor, as the text of a tuple."""
     head, forced = settings.head, settings.forced
     dtype = str(settings.compute_dtype)
-    demanded = None if forced is None else (forced.strategy, forced.rows, forced.window, forced.kept)
+    demanded = None
+    if forced is not None:
+        demanded = (forced.strategy, forced.rows, forced.window, forced.kept, forced.lodged, forced.prepared)
     loss = outputs = None
     if isinstance(objective, LossObjective):
         options = objective.options

@@ -18,11 +18,11 @@ Every tensor here is [N], the rows that count.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from logitless.backends.contract import Coefficients, Statistic, Statistics
+from logitless.backends.contract import AffineCoefficients, Coefficients, Statistic, Statistics
 from logitless.options import INTEGER_OUTPUTS, LossOptions
 
 
@@ -52,11 +52,6 @@ class LossObjective:
         """Whether the output is one number."""
         return self.options.reduction != "none"
 
-    def rows(self, rows: slice) -> LossObjective:
-        """The objective of a slice of rows."""
-        weight = self.class_weight
-        return replace(self, scale=self.scale[rows], class_weight=None if weight is None else weight[rows])
-
     def token_loss(self, statistics: Statistics) -> torch.Tensor:
         """[N] scaled loss of each token."""
         options, lse = self.options, statistics.logsumexp
@@ -78,17 +73,23 @@ class LossObjective:
 
     def coefficients(self, statistics: Statistics, upstream: tuple[torch.Tensor | None, ...]) -> Coefficients:
         """See the module."""
-        options, (grad,) = self.options, upstream
+        (grad,) = upstream
         token = self.scale if grad is None else self.scale * grad.to(self.scale.dtype)
+        return self._affine(token).at(statistics.logsumexp)
+
+    def ahead(self) -> AffineCoefficients:
+        """The coefficients for an upstream gradient of 1, before statistics are known."""
+        return self._affine(self.scale)
+
+    def _affine(self, token: torch.Tensor) -> AffineCoefficients:
+        options = self.options
         target = token if self.class_weight is None else token * self.class_weight
         if not options.label_smoothing:
             a, c, d = target, target, None
         else:
             c, d = target * (1 - options.label_smoothing), token * options.label_smoothing
             a = c + d * self.smoothing_mass
-        if options.z_loss:
-            a = a + token * (2 * options.z_loss) * statistics.logsumexp
-        return Coefficients(a=a, b=None, c=c, d=d)
+        return AffineCoefficients(a=a, slope=token * (2 * options.z_loss) if options.z_loss else None, c=c, d=d)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from logitless import backends
-from logitless.backends.contract import Coefficients, Gradients, Problem, Shape, Statistics
+from logitless.backends.contract import Gradients, Problem, Shape, Statistics
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import HeadOptions
 from logitless.planning import Plan
@@ -59,6 +59,8 @@ class Call:
     def problem(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Problem:
         """The problem of the rows that count, packed."""
         packed = hidden if self.rows is None else hidden.index_select(0, self.rows)
+        if self.counted is not None and not backends.load(self.plan.backend).SKIPS_ROWS:
+            packed = packed.masked_fill(~self.counted[:, None], 0)  # zero times what ignored rows hold could be NaN
         return Problem(
             shape=self.shape,
             hidden=packed.contiguous(),
@@ -98,15 +100,15 @@ def evaluate(
     prepared = None
     with torch.autocast(hidden.device.type, enabled=False):
         problem = call.problem(hidden, weight, bias)
-        if schedule.strategy == "chunked":
+        ahead = None
+        if schedule.strategy == "chunked" or schedule.prepared:
             assert isinstance(objective, LossObjective)
-
-            def coefficients_of(statistics: Statistics, rows: slice) -> Coefficients:
-                return objective.rows(rows).coefficients(statistics, (None,))
-
-            statistics, prepared = backend.forward_with_gradients(problem, schedule, coefficients_of)
+            ahead = objective.ahead()
+        if schedule.strategy == "chunked":
+            assert ahead is not None
+            statistics, prepared = backend.forward_with_gradients(problem, schedule, ahead)
         else:
-            statistics = backend.forward(problem, schedule)
+            statistics = backend.forward(problem, schedule, ahead)
         outputs = objective.outputs(statistics)
     if not objective.scalar:
         outputs = tuple(call.spread(o, 0 if o.is_floating_point() else -1) for o in outputs)
@@ -123,9 +125,13 @@ def differentiate(
 ) -> Gradients:
     """Gradients of the rows that count, of weight and of bias, in accumulation dtypes; residuals may be used up."""
     with torch.autocast(hidden.device.type, enabled=False):
-        problem = call.problem(hidden, weight, bias)
+        problem, backend = call.problem(hidden, weight, bias), backends.load(call.plan.backend)
+        if call.plan.schedule.prepared:
+            (grad,) = upstream
+            assert grad is not None
+            return backend.finish(problem, call.plan.schedule, statistics, grad)
         coefficients = call.objective.coefficients(statistics, _packed(call, upstream))
-        return backends.load(call.plan.backend).backward(problem, call.plan.schedule, statistics, coefficients)
+        return backend.backward(problem, call.plan.schedule, statistics, coefficients)
 
 
 class _LinearHead(torch.autograd.Function):
@@ -169,7 +175,7 @@ def _gradients(
         ctx.prepared = None
     else:
         gradients = differentiate(call, hidden, weight, bias, ctx.statistics, upstream)
-        if call.plan.strategy != "sampled":  # its residuals are read only; the others' are used up
+        if call.plan.strategy != "sampled" and not call.plan.schedule.prepared:  # their residuals are read, not used up
             ctx.statistics = ctx.statistics.leaving(())
     packed = _handed_on(gradients, "hidden", scale, hidden.dtype)
     return (

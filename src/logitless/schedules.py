@@ -52,7 +52,9 @@ class Forced:
     strategy: Strategy
     rows: int | None
     window: int | None
-    kept: int | None
+    kept: int | None = None
+    lodged: int | None = None
+    prepared: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,11 @@ class Search:
             for rows in _up_to(COSTED_ROWS, tokens):
                 yield Schedule("loss_only", rows, vocabulary)
             return
-        windows = [window for window in COSTED_WINDOWS if window % multiple == 0 and window < vocabulary] or [
-            vocabulary
-        ]
+        narrower = [window for window in COSTED_WINDOWS if window % multiple == 0 and window < vocabulary]
+        windows = narrower or [vocabulary]
+        if self.scalar and not shape.statistics - {"smooth_logit"}:
+            yield self._prepared()
+        yield Schedule("stored", tokens, vocabulary, kept_windows=1, backward_window=windows[0])
         if self.scalar and not shape.main_grad:
             for rows in _up_to(COSTED_ROWS, tokens):
                 even = math.ceil(tokens / math.ceil(tokens / rows))  # chunks of equal size
@@ -137,6 +141,10 @@ class Search:
             most = self._lodge_windows(plain).lodged_windows
             for lodged in {0, *(2**power for power in range(8) if 2**power < most), most}:
                 yield replace(plain, lodged_windows=lodged)
+
+    def _prepared(self) -> Schedule:
+        tokens, vocabulary = max(1, self.shape.tokens), self.shape.vocabulary
+        return Schedule("stored", tokens, vocabulary, kept_windows=1, backward_window=vocabulary, prepared=True)
 
     # --- order of preference ------------------------------------------------------------------------------------------
 
@@ -241,7 +249,7 @@ class Search:
         narrow = min(math.ceil((forced.window or vocabulary) / multiple) * multiple, vocabulary)
         window = vocabulary if self._whole_rows else narrow
         if strategy == "stored":
-            return self._stored(window)
+            return self._prepared() if forced.prepared else self._stored(window)
         if strategy == "chunked":
             if not self.scalar:
                 raise ValueError("strategy 'chunked' needs a scalar reduction, got per-token outputs")
@@ -249,8 +257,9 @@ class Search:
         if strategy == "windowed":
             if self._whole_rows:
                 return Schedule("windowed", rows, window, backward_window=narrow)
-            lodged = self._lodge_windows(Schedule("windowed", tokens, window, backward_window=window))
-            return lodged if forced.kept is None else replace(lodged, kept_windows=forced.kept)
+            schedule = self._lodge_windows(Schedule("windowed", tokens, window, backward_window=window))
+            lodged = schedule.lodged_windows if forced.lodged is None else min(forced.lodged, schedule.lodged_windows)
+            return replace(schedule, kept_windows=forced.kept or 0, lodged_windows=lodged)
         if strategy == "sampled":
             window = min(block_count(window) * BLOCK, vocabulary)
         return Schedule(strategy, rows, window)
@@ -271,7 +280,13 @@ def forced() -> Forced | None:
 
 @contextlib.contextmanager
 def force_strategy(
-    strategy: Strategy, *, rows: int | None = None, window: int | None = None, kept: int | None = None
+    strategy: Strategy,
+    *,
+    rows: int | None = None,
+    window: int | None = None,
+    kept: int | None = None,
+    lodged: int | None = None,
+    prepared: bool = False,
 ) -> Iterator[None]:
     """Within this context, use one strategy with the given tile sizes. For tests and benchmarks.
 
@@ -280,13 +295,15 @@ def force_strategy(
         rows: rows of a forward tile or chunk; None for all.
         window: vocabulary columns of a tile; None for all. Rounded up to what the backend or the strategy needs.
         kept: how many windows the windowed strategy keeps besides those that lodge in the weight's gradient.
+        lodged: how many windows lodge there at most; None for as many as can.
+        prepared: whether the stored strategy prepares the gradient of the logits in the forward pass.
 
     Raises:
         ValueError: the strategy is unknown, or (from the calls within) cannot serve the call.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
-    _forced.append(Forced(strategy, rows, window, kept))
+    _forced.append(Forced(strategy, rows, window, kept, lodged, prepared))
     try:
         yield
     finally:

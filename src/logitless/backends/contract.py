@@ -12,11 +12,13 @@ A backend is a module with these functions:
     seconds, roughly, to rank schedules; None where the planner's order of preference decides.
 ``residuals(shape, schedule) -> sizes and dtypes``
     of the tensors that ``forward`` leaves for ``backward``, as far as these are known before.
-``forward(problem, schedule) -> Statistics``
+``forward(problem, schedule, ahead) -> Statistics``
     one pass over the logits.
 ``backward(problem, schedule, statistics, coefficients) -> Gradients``
     gradients of hidden states, weight and bias from per-row coefficients.
-``forward_with_gradients(problem, schedule, coefficients_of) -> (Statistics, Gradients)``
+``finish(problem, schedule, statistics, upstream) -> Gradients``
+    the same where the schedule had the forward pass prepare the gradient of the logits.
+``forward_with_gradients(problem, schedule, ahead) -> (Statistics, Gradients)``
     both at once, for schedules of the ``chunked`` strategy.
 
 A backend knows nothing of losses, reductions, autograd or process groups.
@@ -26,7 +28,6 @@ N tokens, D hidden, V vocabulary; the rows of a ``Problem`` are those that count
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -142,6 +143,8 @@ class Schedule:
         kept_windows: how many of the last windows' logits the forward pass keeps for the backward pass.
         lodged_windows: how many of the first windows' logits it keeps in memory that the weight gradient will fill.
         backward_window: vocabulary columns in one tile of a backward pass that recomputes.
+        prepared: whether the forward pass leaves the gradient of the logits for an upstream gradient of 1, which
+            ``finish`` turns into gradients, instead of what ``backward`` needs.
     """
 
     strategy: Strategy
@@ -150,6 +153,7 @@ class Schedule:
     kept_windows: int = 0
     lodged_windows: int = 0
     backward_window: int = 0
+    prepared: bool = False
 
 
 def ceil_div(total: int, step: int) -> int:
@@ -250,6 +254,33 @@ class Coefficients:
         )
 
 
+@dataclass(frozen=True)
+class AffineCoefficients:
+    """Coefficients of a scalar output for an upstream gradient of 1, before statistics are known; each field [N].
+
+    ``a`` of ``Coefficients`` is ``a + slope * logsumexp``, ``b`` is zero, ``c`` and ``d`` are these.
+    """
+
+    a: torch.Tensor
+    slope: torch.Tensor | None
+    c: torch.Tensor
+    d: torch.Tensor | None
+
+    def rows(self, rows: slice) -> AffineCoefficients:
+        """The coefficients of some rows."""
+        return AffineCoefficients(
+            a=self.a[rows],
+            slope=None if self.slope is None else self.slope[rows],
+            c=self.c[rows],
+            d=None if self.d is None else self.d[rows],
+        )
+
+    def at(self, logsumexp: torch.Tensor) -> Coefficients:
+        """The coefficients, statistics known."""
+        a = self.a if self.slope is None else self.a + self.slope * logsumexp
+        return Coefficients(a=a, b=None, c=self.c, d=self.d)
+
+
 @dataclass
 class Gradients:
     """Gradients [N, D], [V, D], [V]; None where not wanted. In accumulation dtype until the operator hands them on."""
@@ -260,7 +291,13 @@ class Gradients:
 
 
 class BackendModule(Protocol):
-    """The functions of a backend, as a type."""
+    """The functions of a backend, as a type.
+
+    Attributes:
+        SKIPS_ROWS: whether rows that do not count are never computed with, so that they may hold anything.
+    """
+
+    SKIPS_ROWS: bool
 
     def unsupported(self, shape: Shape) -> str | None:
         """Why the backend cannot serve the problem, or None."""
@@ -282,8 +319,12 @@ class BackendModule(Protocol):
         """Sizes and dtypes of ``Statistics.residuals``."""
         ...
 
-    def forward(self, problem: Problem, schedule: Schedule) -> Statistics:
-        """Statistics of every row."""
+    def forward(self, problem: Problem, schedule: Schedule, ahead: AffineCoefficients | None) -> Statistics:
+        """Statistics of every row; ``ahead`` is given where the schedule prepares the gradient."""
+        ...
+
+    def finish(self, problem: Problem, schedule: Schedule, statistics: Statistics, upstream: torch.Tensor) -> Gradients:
+        """Gradients from a prepared one of the logits and the upstream gradient of the scalar output."""
         ...
 
     def backward(
@@ -293,7 +334,7 @@ class BackendModule(Protocol):
         ...
 
     def forward_with_gradients(
-        self, problem: Problem, schedule: Schedule, coefficients_of: Callable[[Statistics, slice], Coefficients]
+        self, problem: Problem, schedule: Schedule, ahead: AffineCoefficients
     ) -> tuple[Statistics, Gradients]:
-        """Statistics and gradients in one pass; ``coefficients_of`` maps the statistics of a slice of rows."""
+        """Statistics and gradients in one pass, for an upstream gradient of 1."""
         ...

@@ -11,13 +11,22 @@ two-stage pipeline and more; of the schedule, only whether the gradient is sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics, TensorForm
+from logitless.backends.contract import (
+    AffineCoefficients,
+    Coefficients,
+    Gradients,
+    Problem,
+    Schedule,
+    Shape,
+    Statistics,
+    TensorForm,
+)
 from logitless.options import BLOCK
 from logitless.sampling import block_sums, inclusion_weights, mix_in_smoothing
+
+SKIPS_ROWS = False
 
 
 def unsupported(shape: Shape) -> str | None:
@@ -70,9 +79,9 @@ def _logits(problem: Problem) -> torch.Tensor:
     return z
 
 
-def forward(problem: Problem, schedule: Schedule) -> Statistics:
+def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | None) -> Statistics:
     """Statistics from full logits."""
-    del schedule
+    del schedule, ahead
     z = _logits(problem)
     wanted = problem.shape.statistics
     target_logit = z.gather(1, problem.target[:, None])
@@ -136,10 +145,14 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     )
 
 
+def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstream: torch.Tensor) -> Gradients:
+    """Never asked for: no schedule of this backend prepares gradients."""
+    raise NotImplementedError
+
+
 def forward_with_gradients(
-    problem: Problem, schedule: Schedule, coefficients_of: Callable[[Statistics, slice], Coefficients]
+    problem: Problem, schedule: Schedule, ahead: AffineCoefficients
 ) -> tuple[Statistics, Gradients]:
     """One pass after the other."""
-    statistics = forward(problem, schedule)
-    coefficients = coefficients_of(statistics, slice(0, problem.shape.tokens))
-    return statistics, backward(problem, schedule, statistics, coefficients)
+    statistics = forward(problem, schedule, ahead)
+    return statistics, backward(problem, schedule, statistics, ahead.at(statistics.logsumexp))

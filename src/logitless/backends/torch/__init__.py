@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics, TensorForm
+import torch
+
+from logitless.backends.contract import (
+    AffineCoefficients,
+    Coefficients,
+    Gradients,
+    Problem,
+    Schedule,
+    Shape,
+    Statistics,
+    TensorForm,
+)
 from logitless.backends.torch import dense, sampled
 from logitless.backends.torch.dense import forward_with_gradients as forward_with_gradients
 from logitless.backends.torch.memory import workspace as workspace
+
+SKIPS_ROWS = False
 
 
 def unsupported(shape: Shape) -> str | None:
@@ -32,8 +45,9 @@ def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     return dense.residuals(shape, schedule)
 
 
-def forward(problem: Problem, schedule: Schedule) -> Statistics:
+def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | None) -> Statistics:
     """Statistics of every row, and what the schedule keeps for the backward pass."""
+    del ahead
     return (sampled if schedule.strategy == "sampled" else dense).forward(problem, schedule)
 
 
@@ -42,3 +56,8 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     if schedule.strategy == "sampled":
         return sampled.backward(problem, statistics, coefficients)
     return dense.backward(problem, schedule, statistics, coefficients)
+
+
+def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstream: torch.Tensor) -> Gradients:
+    """Never asked for: no schedule of this backend prepares gradients."""
+    raise NotImplementedError

@@ -9,13 +9,13 @@ and once at the end would cost up to 1.4 times the error of one product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from logitless.backends.contract import (
     LODGING,
+    AffineCoefficients,
     Coefficients,
     Gradients,
     Problem,
@@ -186,7 +186,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
 
 
 def forward_with_gradients(
-    problem: Problem, schedule: Schedule, coefficients_of: Callable[[Statistics, slice], Coefficients]
+    problem: Problem, schedule: Schedule, ahead: AffineCoefficients
 ) -> tuple[Statistics, Gradients]:
     """Row chunks: all logits of a chunk in one buffer, its statistics, its gradient in their place, two products."""
     shape = problem.shape
@@ -213,7 +213,7 @@ def forward_with_gradients(
         running.add(raw, everything, projection, leave_softmax=projection.leaves_softmax)
         part = running.finish()
         parts.append(part)
-        values = RowValues(part.logsumexp, target, part.target_logit, coefficients_of(part, rows))
+        values = RowValues(part.logsumexp, target, part.target_logit, ahead.rows(rows).at(part.logsumexp))
         if projection.leaves_softmax:
             values = replace(values, window_logsumexp=part.logsumexp, holds_softmax=True)
         entries = projection.target_entries(values)

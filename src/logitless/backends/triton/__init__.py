@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics, TensorForm
-from logitless.backends.triton import dense, tiles
-from logitless.backends.triton.dense import forward_with_gradients as forward_with_gradients
+from logitless.backends.contract import (
+    AffineCoefficients,
+    Coefficients,
+    Gradients,
+    Problem,
+    Schedule,
+    Shape,
+    Statistics,
+    TensorForm,
+)
+from logitless.backends.triton import dense, prepared, tiles
 from logitless.backends.triton.memory import blocks
 from logitless.backends.triton.memory import cost as cost
 from logitless.backends.triton.memory import window_multiple as window_multiple
 from logitless.backends.triton.memory import workspace as workspace
+from logitless.backends.triton.prepared import finish as finish
+from logitless.backends.triton.prepared import forward_with_gradients as forward_with_gradients
+
+SKIPS_ROWS = True
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Bytes to which the tensor copy engine wants rows aligned, in elements of the hidden size.
@@ -34,11 +46,16 @@ def unsupported(shape: Shape) -> str | None:
 
 def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     """What ``forward`` leaves under a schedule."""
+    if schedule.prepared:
+        return prepared.residuals(shape)
     return dense.residuals(shape, schedule, blocks(shape))
 
 
-def forward(problem: Problem, schedule: Schedule) -> Statistics:
+def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | None) -> Statistics:
     """Statistics of every row, and what the schedule keeps for the backward pass."""
+    if schedule.prepared:
+        assert ahead is not None
+        return prepared.forward(problem, ahead)
     return dense.forward(problem, schedule)
 
 

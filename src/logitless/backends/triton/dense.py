@@ -1,4 +1,4 @@
-"""The exact strategies: loss_only, stored, chunked, windowed.
+"""The strategies that wait for the upstream gradient: loss_only, stored, windowed.
 
 Columns fall into three runs, any of which may be empty: *lodged* windows, whose softmax lies in the buffer that the
 weight gradient will fill; windows that are *recomputed*; and one *kept* run, whose softmax has memory of its own.
@@ -11,7 +11,7 @@ statistics and gradient are those of unrounded logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -27,9 +27,10 @@ from logitless.backends.contract import (
     ceil_div,
     lodging_spacing,
 )
-from logitless.backends.triton.launch import Launcher, Tables
+from logitless.backends.triton.launch import Launcher
 from logitless.backends.triton.products import multiply
 from logitless.backends.triton.rows import RowOrder, scatter_rows
+from logitless.backends.triton.softmax_gradient import sum_columns
 
 # Elements to which rows of a buffer are padded, so that they can be read and written 128 bytes at a time.
 PADDING = 64
@@ -56,7 +57,7 @@ def padded(columns: int) -> int:
 
 
 def residuals(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]:
-    """What ``forward`` leaves: the weight gradient's buffer, kept columns, their table; order, target, count of rows."""
+    """What ``forward`` leaves: the weight gradient's buffer, kept columns and their table; order, target, count."""
     if schedule.strategy == "loss_only":
         return []
     lodged, _, kept = runs(shape, schedule)
@@ -114,12 +115,11 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         ]
         lodging = lodgings(left[0], problem, schedule) if lodged.stop else None
         storage = left[1][None, :, : kept.stop - kept.start]
-    tables: Tables | None = None
+    at_a_time = min(schedule.rows, shape.tokens)
+    buffer, tables = launcher.hidden_buffer(at_a_time), launcher.tables(at_a_time)
     for rows in slices(0, shape.tokens, schedule.rows):
         count = rows.stop - rows.start
-        if tables is None or tables.log_sum.shape[1] != count:
-            tables = launcher.tables(count)
-        hidden = launcher.hidden(rows)
+        hidden = launcher.gather(rows, buffer)
         for columns, softmax in ((lodged, lodging), (recomputed, None), (kept, storage)):
             launcher.scan(hidden, rows.start, columns, tables, target_logit, softmax)
         launcher.combine(tables, target_logit, rows.start, count, statistics)
@@ -131,8 +131,8 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     if schedule.strategy == "loss_only":
         return statistics
     order = launcher.rows
-    keeps = tables is not None and (lodged.stop > 0 or kept.stop > kept.start)
-    table = tables.log_sum if tables is not None and keeps else launcher.empty(0)
+    keeps = lodged.stop > 0 or kept.stop > kept.start
+    table = tables.log_sum if keeps else launcher.empty(0)
     return statistics.leaving((*left, table, order.order, order.target, order.count))
 
 
@@ -163,7 +163,7 @@ class _Accumulators:
         if self.weight is not None:
             multiply(gradient.T, hidden, self.weight[columns], add=self._add_weight, scale=self._scale)
         if self.bias is not None:
-            self._launcher.add_column_sums(gradient, 0, self.bias[columns])
+            sum_columns(gradient, self.bias[columns])
         self._started = True
 
 
@@ -172,8 +172,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     shape, left = problem.shape, statistics.residuals
     order = RowOrder(*left[3:]) if left else None
     launcher = Launcher(problem, order)
-    everything = slice(0, shape.tokens)
-    hidden = launcher.hidden(everything)
+    hidden = launcher.gather(slice(0, shape.tokens), launcher.hidden_buffer(shape.tokens))
     lodged, recomputed, kept = runs(shape, schedule)
     if not left:  # used up by an earlier backward pass
         lodged, recomputed, kept = slice(0, 0), slice(0, shape.vocabulary), slice(0, 0)
@@ -199,7 +198,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         gradient = buffer[:, : columns.stop - columns.start] if shape.functional else softmax
         launcher.stored_gradient(softmax, gradient, left[2], 0, columns, statistics, coefficients)
         sums.add(hidden, gradient, columns)
-    del buffer
+    del buffer, hidden
     hidden_gradient = None
     if sums.hidden is not None:
         hidden_gradient = launcher.empty(*sums.hidden.shape, dtype=shape.hidden_dtype)
@@ -209,41 +208,3 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         weight=None if problem.main_grad is not None else sums.weight,
         bias=sums.bias,
     )
-
-
-def forward_with_gradients(
-    problem: Problem, schedule: Schedule, coefficients_of: Callable[[Statistics, slice], Coefficients]
-) -> tuple[Statistics, Gradients]:
-    """Row chunks: the softmax of a chunk in one buffer, its gradient in the same place, two products."""
-    launcher, shape = Launcher(problem), problem.shape
-    statistics = new_statistics(problem)
-    everything = slice(0, shape.vocabulary)
-    target_logit = launcher.empty(shape.tokens)
-    buffer = launcher.empty(schedule.rows, padded(shape.vocabulary), dtype=shape.compute_dtype)
-    hidden_gradient = weight_gradient = product = None
-    if shape.hidden_gradient:
-        hidden_gradient = launcher.empty(shape.tokens, shape.hidden)
-        product = launcher.empty(schedule.rows, shape.hidden)
-    if shape.weight_gradient:
-        weight_gradient = launcher.empty(shape.vocabulary, shape.hidden)
-        if shape.tokens == 0:
-            weight_gradient.zero_()
-    bias_gradient = torch.zeros(shape.vocabulary, device=launcher.device) if shape.bias_gradient else None
-    scale = problem.head.logit_scale
-    for rows in slices(0, shape.tokens, schedule.rows):
-        count = rows.stop - rows.start
-        tables, hidden = launcher.tables(count), launcher.hidden(rows)
-        gradient = buffer[:count, : shape.vocabulary]
-        launcher.scan(hidden, rows.start, everything, tables, target_logit, gradient[None])
-        launcher.combine(tables, target_logit, rows.start, count, statistics)
-        # Rows of later chunks have no statistics yet; their coefficients are not read.
-        coefficients = coefficients_of(statistics, slice(0, shape.tokens))
-        launcher.stored_gradient(gradient, gradient, tables.log_sum, rows.start, everything, statistics, coefficients)
-        if hidden_gradient is not None and product is not None:
-            multiply(gradient, launcher.weight, product[:count], add=False, scale=scale)
-            scatter_rows(product[:count], launcher.rows, rows.start, hidden_gradient)
-        if weight_gradient is not None:
-            multiply(gradient.T, hidden, weight_gradient, add=rows.start > 0, scale=scale)
-        if bias_gradient is not None:
-            launcher.add_column_sums(gradient, rows.start, bias_gradient)
-    return statistics, Gradients(hidden_gradient, weight_gradient, bias_gradient)

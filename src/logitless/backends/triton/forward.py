@@ -103,7 +103,7 @@ def scan_kernel(
 ):
     """Statistics of each row within each block of BLOCK columns, from the first to the end, for rows below the count.
 
-    Grid: ``programs`` persistent programs, each a walk over tiles of [BM, BN]; there are no tiles past the count of rows.
+    Grid: ``programs`` persistent programs, each a walk over tiles of [BM, BN]; no tile lies past the count of rows.
     With STORE the tile's own softmax is written too, rounded to its tensor's dtype: 2^(y - block), BLOCK = BN.
     Precision: products accumulate in fp32, everything after is fp32. Deterministic: no order between tiles matters;
     ranks are sums of integers.

@@ -17,7 +17,6 @@ from logitless.backends.triton.forward import combine_kernel, scan_kernel
 from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows
 from logitless.backends.triton.softmax_gradient import (
     clear_rows_kernel,
-    column_sums_kernel,
     stored_gradient_kernel,
     target_entries_kernel,
 )
@@ -69,10 +68,13 @@ class Launcher:
         """An unwritten tensor on the problem's device."""
         return torch.empty(size, dtype=dtype, device=self.device)
 
-    def hidden(self, rows: slice) -> torch.Tensor:
-        """[R, D] hidden states of places in the packed order, in the compute dtype."""
-        result = self.empty(rows.stop - rows.start, self.shape.hidden, dtype=self.dtype)
-        return gather_rows(self.problem.hidden, self.rows.order[rows], result)
+    def hidden_buffer(self, rows: int) -> torch.Tensor:
+        """Unwritten memory for that many rows of hidden states, in the compute dtype."""
+        return self.empty(rows, self.shape.hidden, dtype=self.dtype)
+
+    def gather(self, rows: slice, buffer: torch.Tensor) -> torch.Tensor:
+        """[R, D] hidden states of places in the packed order, in the buffer."""
+        return gather_rows(self.problem.hidden, self.rows, rows.start, buffer[: rows.stop - rows.start])
 
     def tables(self, rows: int) -> Tables:
         """Unwritten tables for that many rows."""
@@ -286,22 +288,6 @@ class Launcher:
         )
         self._target_entries(gradient, 0, columns, statistics, coefficients)
 
-    def add_column_sums(self, gradient: torch.Tensor, first_row: int, sums: torch.Tensor) -> None:
-        """``sums`` [U] += sum of the rows of ``gradient`` [R, U] that count."""
-        columns = gradient.shape[1]
-        column_sums_kernel[(ceil_div(columns, SUMMED_COLUMNS),)](
-            gradient,
-            sums,
-            self.rows.count,
-            gradient.stride(0),
-            columns,
-            first_row,
-            gradient.shape[0],
-            ROWS=64,
-            COLUMNS=SUMMED_COLUMNS,
-            num_warps=4,
-        )
-
     def _target_entries(
         self,
         gradient: torch.Tensor,
@@ -351,7 +337,6 @@ COMBINED_ROWS, COMBINED_BLOCKS = 16, 64
 GRADIENT_ROWS = 32
 CLEARED_ROWS = 32
 TARGET_ROWS = 128
-SUMMED_COLUMNS = 64
 
 
 def readable(matrix: torch.Tensor) -> torch.Tensor:

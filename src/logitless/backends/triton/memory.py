@@ -44,6 +44,8 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
         return fixed + _tables(shape, schedule.rows) + _hidden(shape, schedule.rows)
     if schedule.strategy == "chunked":
         return fixed + _chunked(shape, schedule)
+    if schedule.prepared:
+        return fixed + _prepared(shape)
     lodged, recomputed, kept = runs(shape, schedule)
     item = shape.compute_dtype.itemsize
     keeps = lodged.stop > 0 or kept.stop > kept.start
@@ -106,13 +108,29 @@ def _tables(shape: Shape, rows: int) -> int:
     return count * _table(shape, rows)
 
 
+def _hidden_cast(shape: Shape) -> int:
+    """A copy of the hidden states in the compute dtype."""
+    return _hidden(shape, shape.tokens) if shape.hidden_dtype != shape.compute_dtype else 0
+
+
+def _prepared(shape: Shape) -> int:
+    """Logits; hidden states times the upstream gradient, gone before the hidden gradient comes."""
+    left = shape.tokens * padded(shape.vocabulary) * shape.compute_dtype.itemsize
+    rows = _hidden(shape, shape.tokens) if shape.weight_gradient else 0
+    wide = 0
+    if shape.hidden_gradient and shape.hidden_dtype not in (shape.compute_dtype, torch.float32):
+        wide = 4 * shape.tokens * shape.hidden
+    forward = _hidden_cast(shape) - _hidden_gradient(shape) - _weight_gradient(shape)
+    return left + max(0, forward, _hidden_cast(shape) + rows - _hidden_gradient(shape), _hidden_cast(shape) + wide)
+
+
 def _chunked(shape: Shape, schedule: Schedule) -> int:
     rows = min(schedule.rows, shape.tokens)
-    total = rows * padded(shape.vocabulary) * shape.compute_dtype.itemsize + _tables(shape, rows) + _hidden(shape, rows)
+    # A chunk's hidden states too, with zeros for rows that do not count.
+    total = rows * padded(shape.vocabulary) * shape.compute_dtype.itemsize + _hidden(shape, rows) + _hidden_cast(shape)
     hidden = weight = 0
     if shape.hidden_gradient:
         hidden = 4 * shape.tokens * shape.hidden
-        total += 4 * rows * shape.hidden
     if shape.weight_gradient:
         weight = 4 * shape.vocabulary * shape.hidden
     # In fp32 while chunks come, then rounded one after the other, the hidden states' first.
@@ -137,7 +155,7 @@ class Rates:
 
 
 RATES = {
-    "hopper": Rates({2: 7.0e14, 4: 3.0e13}, 3.5e12, 4e-5),
+    "hopper": Rates({2: 6.8e14, 4: 3.0e13}, 3.5e12, 4e-5),
     "other": Rates({2: 2.0e14, 4: 1.5e13}, 1.5e12, 4e-5),
     "interpreter": Rates({2: 1e12, 4: 1e12}, 1e12, 1e-6),
 }
@@ -162,16 +180,21 @@ def cost(shape: Shape, schedule: Schedule) -> float:
         return seconds
     seconds += column * v * (shape.hidden_gradient + shape.weight_gradient)
     item = shape.compute_dtype.itemsize
+    row_wise = 5 * n * v * item / 2  # two reads, of which L2 serves half of one, and a write
     if schedule.strategy == "chunked":
-        stored, traffic = v, (8 * chunks + 6) * v * d * shape.weight_gradient
-        pieces = chunks
+        traffic, pieces = (8 * chunks + 6) * v * d * shape.weight_gradient + row_wise, chunks
+    elif schedule.prepared:
+        traffic, pieces = row_wise, 1
     else:
         lodged, recomputed, _ = runs(shape, schedule)
         width = recomputed.stop - recomputed.start
-        stored, pieces = v - width, _pieces(shape, schedule)
+        pieces = _pieces(shape, schedule)
         window = min(schedule.backward_window, max(1, width))
         seconds += column * width * whole_waves(n, window)
         if lodged.stop:
             seconds += column * lodged.stop * (whole_waves(n, lodged.stop) - 1)
-        traffic = 8 * pieces * n * d * shape.hidden_gradient if pieces > 1 else 0
-    return seconds + (2 * n * stored * item + traffic) / rates.memory + pieces * rates.step
+        # Storing holds up the product's epilogue by about the time of writing twice; then a read and a write.
+        traffic = 4 * n * (v - width) * item
+        if pieces > 1:
+            traffic += 8 * pieces * n * d * shape.hidden_gradient
+    return seconds + traffic / rates.memory + pieces * rates.step

@@ -47,22 +47,19 @@ def logits(products, bias, first, vocabulary, scale, softcap, BIAS: tl.constexpr
     if BIAS:
         columns = first + tl.arange(0, products.shape[1])
         shift = tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
-        z = products * scale + shift[None, :]
-        if SOFTCAP:
-            return tanh(z / softcap) * (softcap * LOG2E)
-        return z * LOG2E
+        y = (products * scale + shift[None, :]) * LOG2E
+    else:
+        y = products * (scale * LOG2E)
     if SOFTCAP:
-        return tanh(products * (scale / softcap)) * (softcap * LOG2E)
-    return products * (scale * LOG2E)
+        y = tanh(y * (LN2 / softcap)) * (softcap * LOG2E)
+    return y
 
 
 @triton.jit
-def cap_derivative(y, softcap, SOFTCAP: tl.constexpr):
+def cap_derivative(y, softcap):
     """Derivative of the cap at logits in units of log 2."""
-    if SOFTCAP:
-        ratio = y * (LN2 / softcap)
-        return 1 - ratio * ratio
-    return 1.0
+    ratio = y * (LN2 / softcap)
+    return 1 - ratio * ratio
 
 
 @triton.jit

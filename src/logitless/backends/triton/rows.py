@@ -68,13 +68,21 @@ def order_rows_kernel(
 
 
 @triton.jit
-def gather_rows_kernel(source, order, result, columns, source_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, rows):
-    """``result[i] = source[order[i]]``, cast to the result's dtype. Grid: blocks of rows x blocks of columns."""
+def gather_rows_kernel(
+    source, order, count, result, columns, source_stride, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, rows
+):
+    """``result[i] = source[order[first_row + i]]``, cast to the result's dtype; zero from the count on.
+
+    Zero times what an ignored row holds, which may be anything, must not reach the weight's gradient. Grid: blocks of
+    rows x blocks of columns.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    origin = tl.load(order + row, mask=row < rows, other=0).to(tl.int64)
-    values = tl.load(source + origin[:, None] * source_stride + column[None, :], mask=inside, other=0.0)
+    counts = first_row + row < tl.load(count)
+    origin = tl.load(order + first_row + row, mask=row < rows, other=0).to(tl.int64)
+    place = source + origin[:, None] * source_stride + column[None, :]
+    values = tl.load(place, mask=inside & counts[:, None], other=0.0)
     place = row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(result + place, values.to(result.dtype.element_ty), mask=inside)
 
@@ -112,12 +120,22 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
     return ceil_div(rows, ROWS), ceil_div(columns, COLUMNS)
 
 
-def gather_rows(source: torch.Tensor, order: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """Rows [M] of ``source`` [N, D] at the places of ``order`` [M], in ``result`` [M, D] and its dtype."""
-    rows, columns = result.shape
-    if rows:
-        gather_rows_kernel[_grid(rows, columns)](
-            source, order, result, columns, source.stride(0), ROWS, COLUMNS, rows, num_warps=4
+def gather_rows(source: torch.Tensor, rows: RowOrder, first_row: int, result: torch.Tensor) -> torch.Tensor:
+    """Rows of ``source`` [N, D] from place ``first_row`` on, in ``result`` [M, D] and its dtype; then zeros."""
+    count, columns = result.shape
+    if count:
+        gather_rows_kernel[_grid(count, columns)](
+            source,
+            rows.order,
+            rows.count,
+            result,
+            columns,
+            source.stride(0),
+            first_row,
+            ROWS,
+            COLUMNS,
+            count,
+            num_warps=4,
         )
     return result
 

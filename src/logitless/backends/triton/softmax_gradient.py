@@ -5,15 +5,20 @@ With p the softmax, k the derivative of the cap and s the smoothing,
     dz_iv = (p_iv (a_i + b_i z_iv) - c_i [v = target_i] - d_i s_v) k_iv
 
 but for the scale, which the products that follow apply to their fp32 results. The target's entry is written by a
-kernel of its own, from the row's fp32 statistics: the one-hot is subtracted before any rounding, and no other entry pays
-for it.
+kernel of its own, from the row's fp32 statistics: the one-hot is subtracted before any rounding, and no other entry
+pays for it.
 """
+
+# A launch takes num_warps besides the kernel's own parameters.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from logitless.backends.contract import ceil_div
 from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative
 
 
@@ -47,7 +52,7 @@ def softmax_gradient(
         else:
             gradient -= (d * uniform_smoothing)[:, None]
     if SOFTCAP:
-        gradient *= cap_derivative(y, softcap, SOFTCAP)
+        gradient *= cap_derivative(y, softcap)
     return gradient
 
 
@@ -172,33 +177,43 @@ def target_entries_kernel(
         if SMOOTH_VECTOR:
             weight = tl.load(smoothing + t, mask=here, other=0.0)
         entry -= tl.load(d + origin, mask=here, other=0.0) * weight
-    entry *= cap_derivative(z * LOG2E, softcap, SOFTCAP)
+    if SOFTCAP:
+        entry *= cap_derivative(z * LOG2E, softcap)
     place = gradient + row.to(tl.int64) * stride + (t - first_column)
     tl.store(place, entry.to(gradient.dtype.element_ty), mask=here)
 
 
 @triton.jit
 def column_sums_kernel(
-    gradient,  # [N, stride]
+    gradient,  # [R, stride]
     sums,  # [columns] fp32, added to
-    count,  # [1] int32
     stride,
+    rows,
     columns,
-    first_row,
-    rows_here,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """``sums += sum of the rows`` below the count. Grid: blocks of COLUMNS columns, each walking all rows in order."""
+    """``sums += sum of the rows``. Grid: blocks of COLUMNS columns, each walking all rows in order: deterministic."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     exists = column < columns
-    rows = min(rows_here, tl.load(count) - first_row)
     total = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         place = gradient + row.to(tl.int64)[:, None] * stride + column[None, :]
         total += tl.sum(tl.load(place, mask=(row < rows)[:, None] & exists[None, :], other=0.0).to(tl.float32), 0)
     tl.store(sums + column, tl.load(sums + column, mask=exists, other=0.0) + total, mask=exists)
+
+
+def sum_columns(gradient: torch.Tensor, sums: torch.Tensor) -> None:
+    """``sums`` [U] += sum of the rows of ``gradient`` [R, U]."""
+    rows, columns = gradient.shape
+    if rows:
+        column_sums_kernel[(ceil_div(columns, SUMMED_COLUMNS),)](
+            gradient, sums, gradient.stride(0), rows, columns, ROWS=64, COLUMNS=SUMMED_COLUMNS, num_warps=4
+        )
+
+
+SUMMED_COLUMNS = 64
 
 
 @triton.jit

@@ -1,0 +1,296 @@
+"""Logits by the library's product, and one kernel that makes of a row its statistics and its gradient.
+
+For scalar outputs, whose coefficients are known before any upstream gradient: a row of logits is read for its
+log-sum-exp, read again while it lies in L2, and overwritten by its gradient. The library rounds logits to the compute
+dtype, as it does for everybody; rows stay in the caller's order, since it has no use for a count of rows.
+"""
+
+# A launch takes num_warps besides the kernel's own parameters.
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from logitless.backends.contract import AffineCoefficients, Problem, Statistics, ceil_div
+from logitless.backends.triton import tiles
+from logitless.backends.triton.primitives import (
+    LARGEST_PLAIN_SUM,
+    LEAST_PLAIN_SUM,
+    LN2,
+    cap_derivative,
+    logits,
+    mask_columns,
+)
+from logitless.backends.triton.softmax_gradient import softmax_gradient
+
+# Elements that a program takes at a time, by 32 warps: 16 a thread, two reads of 16 bytes in flight in bf16.
+BLOCK = 16384
+WARPS = 32
+
+
+@triton.jit
+def row_logits(
+    place, first, bias, vocabulary, scale, softcap, BLOCK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr
+):
+    """[1, BLOCK] logits of a row from column ``first`` on, in units of log 2; -inf beyond the vocabulary."""
+    columns = first + tl.arange(0, BLOCK)[None, :]
+    products = tl.load(place + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
+    y = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
+    return mask_columns(y, first, vocabulary, -float("inf"))
+
+
+@triton.jit
+def row_log_sum(place, bias, vocabulary, scale, softcap, BLOCK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr):
+    """log2 of the sum of 2^y over a row: as a plain sum, and against the maximum where that is out of range."""
+    sums = tl.zeros((1, BLOCK), tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        sums += tl.exp2(row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP))
+    total = tl.sum(sums)
+    result = tl.log2(total)
+    if not ((total > LEAST_PLAIN_SUM) & (total < LARGEST_PLAIN_SUM)):
+        peaks = tl.full((1, BLOCK), -float("inf"), tl.float32)
+        for first in range(0, vocabulary, BLOCK):
+            peaks = tl.maximum(peaks, row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP))
+        peak = tl.max(peaks)
+        peak = tl.where(peak == -float("inf"), 0.0, peak)
+        sums = tl.zeros((1, BLOCK), tl.float32)
+        for first in range(0, vocabulary, BLOCK):
+            sums += tl.exp2(row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP) - peak)
+        result = peak + tl.log2(tl.sum(sums))
+    return result
+
+
+@triton.jit
+def row_smooth_sum(
+    place,
+    bias,
+    smoothing,
+    uniform,
+    vocabulary,
+    scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Sum of a row's logits weighted by the smoothing."""
+    sums = tl.zeros((1, BLOCK), tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        y = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP)
+        y = mask_columns(y, first, vocabulary, 0.0)
+        if VECTOR:
+            columns = first + tl.arange(0, BLOCK)[None, :]
+            sums += y * tl.load(smoothing + columns, mask=columns < vocabulary, other=0.0)
+        else:
+            sums += y * uniform
+    return tl.sum(sums) * LN2
+
+
+@triton.jit
+def row_kernel(
+    products,  # [R, stride]; overwritten by the gradient of the logits
+    counted,  # [N] bool where MASKED
+    target,  # [N] int64
+    bias,  # [V] where BIAS
+    smoothing,  # [V] where VECTOR
+    a,  # [N] fp32, as slope, c and d
+    slope,
+    c,
+    d,
+    logsumexp,  # [N] fp32, written, as the next two
+    target_logit,
+    smooth_logit,
+    stride,
+    first_row,
+    rows,
+    vocabulary,
+    uniform_smoothing,
+    scale,
+    softcap,
+    programs,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SLOPE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Statistics of each row, and ``dz = p (a + slope lse) - c [v = target] - d s`` by the cap's derivative, in place.
+
+    Rows that do not count get zeros. Grid: ``programs`` programs, each every ``programs``-th row, so that the rows at
+    work fit in L2. Precision: fp32 but for what is read and written. Deterministic.
+    """
+    for row in range(tl.program_id(0), rows, programs):
+        place = products + row * stride.to(tl.int64)
+        here = first_row + row
+        counts = True
+        if MASKED:
+            counts = tl.load(counted + here) != 0
+        if counts:
+            lse = row_log_sum(place, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP)
+            t = tl.load(target + here).to(tl.int32)
+            at_target = row_logits(place, t, bias, vocabulary, scale, softcap, 1, BIAS, SOFTCAP)
+            tl.store(logsumexp + here, lse * LN2)
+            tl.store(target_logit + here + tl.zeros((1, 1), tl.int32), at_target * LN2)
+            factor = tl.load(a + here)
+            if SLOPE:
+                factor += tl.load(slope + here) * (lse * LN2)
+            factor += tl.zeros((1,), tl.float32)
+            smooth = tl.zeros((1,), tl.float32)
+            if SMOOTH:
+                smooth += tl.load(d + here)
+                total = row_smooth_sum(
+                    place, bias, smoothing, uniform_smoothing, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP, VECTOR
+                )
+                tl.store(smooth_logit + here, total)
+            entry = tl.exp2(at_target - lse) * factor[:, None] - tl.load(c + here)
+            if SMOOTH:
+                weight = uniform_smoothing
+                if VECTOR:
+                    weight = tl.load(smoothing + t)
+                entry -= smooth[:, None] * weight
+            if SOFTCAP:
+                entry *= cap_derivative(at_target, softcap)
+            tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
+            for first in range(0, vocabulary, BLOCK):
+                y = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP)
+                dz = softmax_gradient(
+                    tl.exp2(y - lse),
+                    y,
+                    factor,
+                    factor,
+                    smooth,
+                    smoothing,
+                    uniform_smoothing,
+                    first,
+                    vocabulary,
+                    softcap,
+                    False,
+                    SMOOTH,
+                    VECTOR,
+                    SOFTCAP,
+                )
+                columns = first + tl.arange(0, BLOCK)[None, :]
+                dz = tl.where(columns == t, entry, dz)
+                tl.store(place + columns, dz.to(products.dtype.element_ty), mask=columns < vocabulary)
+        else:
+            tl.store(logsumexp + here, 0.0)
+            tl.store(target_logit + here, 0.0)
+            if SMOOTH:
+                tl.store(smooth_logit + here, 0.0)
+            for first in range(0, vocabulary, BLOCK):
+                columns = first + tl.arange(0, BLOCK)
+                zero = tl.zeros((BLOCK,), products.dtype.element_ty)
+                tl.store(place + columns, zero, mask=columns < vocabulary)
+
+
+@triton.jit
+def scale_rows_kernel(
+    source,  # [R, source_stride]
+    counted,  # [R] bool where MASKED
+    factor,  # [1] where SCALED
+    result,  # [R, columns]
+    source_stride,
+    rows,
+    columns,
+    MASKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rows times a factor, in the result's dtype; zero where they do not count, whatever they hold."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    read = inside
+    if MASKED:
+        read = inside & (tl.load(counted + row, mask=row < rows, other=0) != 0)[:, None]
+    place = source + row.to(tl.int64)[:, None] * source_stride + column[None, :]
+    values = tl.load(place, mask=read, other=0.0).to(tl.float32)
+    if SCALED:
+        values *= tl.load(factor).to(tl.float32)
+        values = tl.where(read, values, 0.0)
+    tl.store(
+        result + row.to(tl.int64)[:, None] * columns + column[None, :], values.to(result.dtype.element_ty), mask=inside
+    )
+
+
+def gradient_in_place(
+    problem: Problem,
+    products: torch.Tensor,  # [R, V]
+    first_row: int,
+    ahead: AffineCoefficients,
+    statistics: Statistics,
+) -> None:
+    """Products of the rows from ``first_row`` on become the gradient of their logits; statistics are filled."""
+    rows, vocabulary = products.shape
+    if rows == 0:
+        return
+    vector = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
+    absent = ahead.a
+    programs = min(rows, tiles.row_programs(vocabulary * products.element_size(), products.device))
+    row_kernel[(programs,)](
+        products,
+        absent if problem.counted is None else problem.counted,
+        problem.target,
+        absent if problem.bias is None else problem.bias.contiguous(),
+        absent if vector is None else vector,
+        ahead.a,
+        absent if ahead.slope is None else ahead.slope,
+        ahead.c,
+        absent if ahead.d is None else ahead.d,
+        statistics.logsumexp,
+        statistics.target_logit,
+        absent if statistics.smooth_logit is None else statistics.smooth_logit,
+        products.stride(0),
+        first_row,
+        rows,
+        vocabulary,
+        problem.smoothing if isinstance(problem.smoothing, float) else 0.0,
+        problem.head.logit_scale,
+        problem.head.softcap or 1.0,
+        programs,
+        BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)),
+        MASKED=problem.counted is not None,
+        BIAS=problem.bias is not None,
+        SOFTCAP=problem.head.softcap is not None,
+        SLOPE=ahead.slope is not None,
+        SMOOTH=ahead.d is not None,
+        VECTOR=vector is not None,
+        num_warps=WARPS,
+    )
+
+
+ROWS, COLUMNS = 8, 1024
+
+
+def cleared_rows(
+    problem: Problem,
+    rows: slice,
+    result: torch.Tensor,  # [R, D]
+    factor: torch.Tensor | None,  # []
+) -> torch.Tensor:
+    """Rows of the hidden states times a factor, zero where they do not count, in ``result`` and its dtype."""
+    source, (count, columns) = problem.hidden[rows], result.shape
+    mask = None if problem.counted is None else problem.counted[rows]
+    if count:
+        scale_rows_kernel[(ceil_div(count, ROWS), ceil_div(columns, COLUMNS))](
+            source,
+            source if mask is None else mask,
+            source if factor is None else factor,
+            result,
+            source.stride(0),
+            count,
+            columns,
+            MASKED=mask is not None,
+            SCALED=factor is not None,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+            num_warps=4,
+        )
+    return result

@@ -1,0 +1,122 @@
+"""Takes every kernel through the front end of Triton's compiler, for a GPU that need not be there. Run as a script."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pkgutil
+import sys
+from collections.abc import Iterator
+
+import triton
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+
+from logitless.backends import triton as package
+
+SIZES = {
+    "BM": 128,
+    "BN": 256,
+    "BK": 64,
+    "GROUP": 16,
+    "BLOCK": 256,
+    "ROWS": 16,
+    "COLUMNS": 64,
+    "STEP": 4096,
+    "BLOCKS": 64,
+}
+PRECISION = "ieee"
+DESCRIPTORS = {
+    "scan_kernel": {"hidden": "[128,64]", "weight": "[256,64]", "softmax": "[1,128,256]"},
+    "window_gradient_kernel": {"hidden": "[128,64]", "weight": "[256,64]", "gradient": "[128,256]"},
+}
+TENSORS = {
+    "*i1": ("counted",),
+    "*i32": ("order", "count", "rank", "peak_index", "packed_target", "target"),
+    "*i64": ("prediction",),
+    "*bf16": ("softmax", "gradient", "source", "result", "products"),
+}
+TYPES = {name: kind for kind, names in TENSORS.items() for name in names}
+WIDE_TARGETS = ("order_rows_kernel", "row_kernel")
+NUMBERS = ("uniform_smoothing", "scale", "softcap")
+INTEGERS = (
+    *("rows", "rows_here", "first_row", "columns", "vocabulary", "first_column", "end_column", "window", "blocks"),
+    *("hidden_size", "programs", "stride", "table_stride", "softmax_stride", "gradient_stride", "source_stride"),
+)
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+def kernels() -> Iterator[tuple[str, triton.JITFunction]]:
+    for module in pkgutil.iter_modules(package.__path__):
+        found = vars(importlib.import_module(f"{package.__name__}.{module.name}"))
+        yield from ((name, value) for name, value in found.items() if name.endswith("_kernel"))
+
+
+def front_end(kernel: triton.JITFunction, signature: dict[str, str], constants: dict[str, object]) -> None:
+    """From source to Triton's intermediate representation."""
+    backend = make_backend(TARGET)
+    names = [parameter.name for parameter in kernel.params]
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    options = backend.parse_options({"num_warps": 8, "num_stages": 3})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    source.make_ir(TARGET, options, functions, backend.get_module_map(), context)
+
+
+def variants(name: str, kernel: triton.JITFunction) -> Iterator[tuple[str, dict[str, str], dict[str, object]]]:
+    """Descriptions, types and constants: each flag off, on and alone on; each integer and number as a constant of 1."""
+    types, flags = {}, []
+    for parameter in kernel.params:
+        argument = parameter.name
+        if parameter.is_constexpr:
+            types[argument] = "constexpr"
+            if argument not in SIZES and argument != "PRECISION":
+                flags.append(argument)
+        elif argument in DESCRIPTORS.get(name, {}):
+            types[argument] = f"tensordesc<bf16{DESCRIPTORS[name][argument]}>"
+        elif argument in INTEGERS or argument in NUMBERS:
+            types[argument] = "i32" if argument in INTEGERS else "fp32"
+        else:
+            types[argument] = TYPES.get(argument, "*fp32")
+    if name in WIDE_TARGETS:
+        types["target"] = "*i64"
+    integers = [argument for argument, kind in types.items() if kind in ("i32", "fp32")]
+    fixed = {argument: SIZES.get(argument, PRECISION) for argument in types if types[argument] == "constexpr"}
+    settings = {"all on": dict.fromkeys(flags, True), "all off": dict.fromkeys(flags, False)}
+    settings |= {f"{flag} on": {**dict.fromkeys(flags, False), flag: True} for flag in flags}
+    settings |= {f"{flag} off": {**dict.fromkeys(flags, True), flag: False} for flag in flags}
+    for (how, setting), one in itertools.product(settings.items(), [None, *integers]):
+        if one is not None and not how.startswith("all") and how != "RANK off":
+            continue
+        as_constant = {} if one is None else {one: 1}
+        yield (
+            how if one is None else f"{how}, {one} = 1",
+            types | dict.fromkeys(as_constant, "constexpr"),
+            fixed | setting | as_constant,
+        )
+
+
+def main() -> int:
+    count, failures = 0, {}
+    for name, kernel in kernels():
+        for description, types, constants in variants(name, kernel):
+            count += 1
+            try:
+                front_end(kernel, types, constants)
+            except Exception as error:
+                cause: BaseException = error
+                while cause.__cause__ or cause.__context__:
+                    cause = cause.__cause__ or cause.__context__ or cause
+                failures.setdefault((name, repr(cause)[:200]), []).append(description)
+    for (name, cause), descriptions in failures.items():
+        print(f"{name}: {cause} with {'; '.join(descriptions[:4])} and {len(descriptions[4:])} others")
+    print(f"{count} variants")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

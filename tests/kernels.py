@@ -1,0 +1,205 @@
+"""Problems for kernels: made by hand, without the planner, on the device on which kernels run here.
+
+Without a GPU that is the CPU, where Triton's interpreter runs them in tiles of 16 x 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from logitless.backends.contract import Coefficients, Problem, Shape, Statistics
+from logitless.backends.triton.launch import Launcher
+from logitless.backends.triton.launch import Launcher
+from logitless.options import HeadOptions
+from problems import coarse, generator
+from tolerance import FACTOR, floor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter misreads bf16 operands of the tensor copy engine.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
+STATISTICS = frozenset({"mean_logit", "smooth_logit", "prediction", "target_rank"})
+LOG2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a kernel's problem can vary in besides its sizes."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+    shift: float = 0.0  # added to the bias
+    masked: tuple[int, ...] = ()  # blocks of 128 columns whose bias is -inf
+    span: float = 2.0  # factor of the weight
+    scale: float = 1.0
+    softcap: float | None = None
+    vector: bool = False  # whether the smoothing is one number for each column
+    counted: str = "all"  # or "some", "one", "none"
+    coarse: bool = False  # operands of few digits, so that products are exact and some logits equal
+
+    def __str__(self) -> str:
+        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
+
+    def problem(self, tokens: int, hidden: int, vocabulary: int, statistics: frozenset = STATISTICS) -> Problem:
+        bias = None
+        if self.bias or self.masked:
+            bias = self._numbers(vocabulary, seed=3) + self.shift
+            for block in self.masked:
+                bias[128 * block : 128 * (block + 1)] = -torch.inf
+            bias = bias.to(DEVICE, torch.float32)
+        smoothing = coarse(vocabulary, low=0.5, high=2, seed=4).to(DEVICE, torch.float32) / vocabulary
+        weight = self._numbers(vocabulary, hidden, seed=2) * (1 if self.coarse else self.span / hidden**0.5)
+        return Problem(
+            shape=Shape(
+                tokens=tokens,
+                hidden=hidden,
+                vocabulary=vocabulary,
+                hidden_dtype=self.dtype,
+                weight_dtype=self.dtype,
+                compute_dtype=self.dtype,
+                device_type=DEVICE,
+                hidden_gradient=True,
+                weight_gradient=True,
+                bias_gradient=bias is not None,
+                statistics=statistics,
+                biased=bias is not None,
+                softcapped=self.softcap is not None,
+                threshold=None,
+                compacted=False,
+                weight_layout="rows",
+                main_grad=False,
+                functional=False,
+            ),
+            hidden=self._numbers(tokens, hidden, seed=1).to(DEVICE, self.dtype),
+            weight=weight.to(DEVICE, self.dtype),
+            bias=bias,
+            target=torch.randint(vocabulary, (tokens,), generator=generator(5)).to(DEVICE),
+            head=HeadOptions(self.scale, self.softcap),
+            counted=self._mask(tokens),
+            smoothing=smoothing if self.vector else 1 / vocabulary,
+            main_grad=None,
+            offsets=None,
+        )
+
+    def _numbers(self, *size: int, seed: int) -> Tensor:
+        if self.coarse:
+            return coarse(*size, low=-2, high=2, seed=seed)
+        return torch.randn(*size, generator=generator(seed), dtype=torch.float64)
+
+    def _mask(self, tokens: int) -> Tensor | None:
+        if self.counted == "all":
+            return None
+        mask = torch.zeros(tokens, dtype=torch.bool)
+        if self.counted == "some":
+            mask = torch.rand(tokens, generator=generator(6)) < 0.6
+        if self.counted == "one":
+            mask[tokens // 2] = True
+        return mask.to(DEVICE)
+
+
+def counting(problem: Problem) -> Tensor:
+    """[N] bool rows that count."""
+    everything = torch.ones(problem.shape.tokens, dtype=torch.bool, device=DEVICE)
+    return everything if problem.counted is None else problem.counted
+
+
+def only_counting(problem: Problem) -> Problem:
+    """The problem of the rows that count alone."""
+    mask = counting(problem)
+    shape = replace(problem.shape, tokens=int(mask.sum()))
+    return replace(problem, shape=shape, hidden=problem.hidden[mask], target=problem.target[mask], counted=None)
+
+
+def logits(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """[N, V] by plain operations in one dtype."""
+    z = problem.head.logit_scale * (problem.hidden.to(dtype) @ problem.weight.to(dtype).T)
+    if problem.bias is not None:
+        z = z + problem.bias.to(dtype)
+    if problem.head.softcap is not None:
+        z = problem.head.softcap * torch.tanh(z / problem.head.softcap)
+    return z
+
+
+def smoothing(problem: Problem, dtype: torch.dtype) -> Tensor | float:
+    return problem.smoothing.to(dtype) if isinstance(problem.smoothing, Tensor) else problem.smoothing
+
+
+def statistic(problem: Problem, name: str, dtype: torch.dtype) -> Tensor:
+    """[N] one of the fields of ``Statistics`` by plain operations, from the numbers that a fused operator keeps of a row."""
+    z = logits(problem, dtype)
+    lse = z.logsumexp(1)
+    at_target = z.gather(1, problem.target[:, None])
+    if name == "target_logit":
+        return at_target[:, 0]
+    if name == "smooth_logit":
+        return (z * smoothing(problem, dtype)).sum(1)
+    if name == "mean_logit":
+        p = (z - lse[:, None]).exp()
+        return torch.where(p > 0, p * z, 0.0).sum(1)
+    return {
+        "logsumexp": lambda: lse,
+        "prediction": lambda: (z == z.amax(1, keepdim=True)).to(torch.uint8).argmax(1),  # the first of equal ones
+        "target_rank": lambda: (z > at_target).sum(1),
+    }[name]()
+
+
+def random_coefficients(tokens: int, *, b: bool = True, d: bool = True) -> Coefficients:
+    a, b_values, c, d_values = coarse(4, tokens, low=-2, high=2, seed=7).to(DEVICE, torch.float32)
+    return Coefficients(a=a, b=b_values if b else None, c=c, d=d_values if d else None)
+
+
+def logits_gradient(
+    problem: Problem, coefficients: Coefficients, dtype: torch.dtype, narrow: torch.dtype | None = None
+) -> Tensor:
+    """[N, V] the one form of every gradient, with the derivative of the cap and without the scale.
+
+    With ``narrow``, logits and gradient are rounded to that dtype, as plain operations in it do.
+    """
+    z = logits(problem, dtype)
+    if narrow is not None:
+        z = z.to(narrow).to(dtype)
+    p = (z - z.logsumexp(1, keepdim=True)).exp()
+    dz = coefficients.a.to(dtype)[:, None] * p
+    if coefficients.b is not None:
+        dz = dz + coefficients.b.to(dtype)[:, None] * torch.where(p > 0, p * z, 0.0)
+    dz = dz.scatter_add(1, problem.target[:, None], -coefficients.c.to(dtype)[:, None])
+    if coefficients.d is not None:
+        dz = dz - coefficients.d.to(dtype)[:, None] * smoothing(problem, dtype)
+    if problem.head.softcap is not None:
+        dz = dz * (1 - (z / problem.head.softcap).square())
+    return dz if narrow is None else dz.to(narrow)
+
+
+def gathered(launcher: Launcher, rows: slice) -> Tensor:
+    """[R, D] hidden states of places in the packed order."""
+    return launcher.gather(rows, launcher.hidden_buffer(rows.stop - rows.start))
+
+
+def exact_statistics(problem: Problem) -> Statistics:
+    """Statistics of all rows, from fp64, rounded; those of rows that do not count are spoilt, for nothing may read them."""
+    counts = counting(problem)
+    values = {
+        name: statistic(problem, name, torch.float64).float().masked_fill(~counts, torch.nan)
+        for name in ("logsumexp", "target_logit")
+    }
+    return Statistics(**values)
+
+
+def check(name: str, ours: Tensor, formula: Callable[[torch.dtype], Tensor], plain: Tensor | None = None) -> None:
+    """Assert that a result is as near to the formula in fp64 as the same formula in fp32, or ``plain``, is.
+
+    Entries that are not finite must be the same.
+    """
+    exact, accumulated = formula(torch.float64), formula(torch.float32)
+    plain = accumulated if plain is None else plain
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)} instead of {tuple(exact.shape)}"
+    finite = exact.isfinite()
+    assert torch.equal(ours[~finite].double(), exact[~finite]), f"{name}: not the same entries are infinite"
+    ours, exact, accumulated, plain = (tensor[finite] for tensor in (ours, exact, accumulated, plain))
+    error = (ours.double() - exact).norm().item()
+    allowed = FACTOR * (plain.double() - exact).norm().item() + floor(exact, accumulated, ours)
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}, size {exact.norm():.3e}"

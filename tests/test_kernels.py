@@ -1,0 +1,731 @@
+"""Every kernel on its own, against plain operations. Without a GPU they run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import (
+    DEVICE,
+    DTYPES,
+    LOG2,
+    STATISTICS,
+    Head,
+    check,
+    counting,
+    exact_statistics,
+    gathered,
+    logits,
+    logits_gradient,
+    only_counting,
+    random_coefficients,
+    statistic,
+)
+from logitless.backends import triton as backend
+from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Statistics
+from logitless.backends.triton.dense import new_statistics
+from logitless.backends.triton.launch import Launcher, Tables
+from logitless.backends.triton.primitives import tanh
+from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows, scatter_rows
+from problems import generator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAN = float("nan")
+
+
+# --- the order of rows ------------------------------------------------------------------------------------------------
+
+
+def random_mask(rows: int, share: float) -> Tensor:
+    return (torch.rand(rows, generator=generator(rows)) < share).to(DEVICE)
+
+
+MASKS = {
+    "absent": lambda rows: None,
+    "all": lambda rows: torch.ones(rows, dtype=torch.bool, device=DEVICE),
+    "none": lambda rows: torch.zeros(rows, dtype=torch.bool, device=DEVICE),
+    "half": lambda rows: random_mask(rows, 0.5),
+    "few": lambda rows: random_mask(rows, 0.01),
+    "most": lambda rows: random_mask(rows, 0.99),
+    "last": lambda rows: torch.arange(rows, device=DEVICE) == rows - 1,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("rows", [0, 1, 2, 17, 4095, 4096, 4097, 9001])
+def test_order_of_rows(rows, mask):
+    """Rows that count come first, each kind in its order; the kernel walks 4096 at a time."""
+    counted = MASKS[mask](rows)
+    target = torch.randint(50_000, (rows,), generator=generator(1)).to(DEVICE)
+    given = order_rows(target, counted)
+    counts = torch.ones(rows, dtype=torch.bool, device=DEVICE) if counted is None else counted
+    expected = torch.cat([counts.nonzero()[:, 0], (~counts).nonzero()[:, 0]])
+    assert given.order.dtype == given.target.dtype == given.count.dtype == torch.int32
+    assert torch.equal(given.order.long(), expected)
+    assert torch.equal(given.target.long(), target[expected])
+    assert given.count.tolist() == [int(counts.sum())]
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def values(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=generator(seed)).to(DEVICE, dtype)
+
+
+def in_order(order: Tensor) -> RowOrder:
+    """An order in which every row counts."""
+    order = order.to(DEVICE, torch.int32)
+    return RowOrder(order, torch.zeros_like(order), torch.full((1,), order.numel(), dtype=torch.int32, device=DEVICE))
+
+
+@pytest.mark.parametrize("columns", [1, 24, 1023, 1024, 1025, 2050])
+@pytest.mark.parametrize("rows", [0, 1, 8, 13])
+def test_gathered_rows(rows, columns):
+    source = values(20, columns)
+    order = in_order(torch.randperm(20, generator=generator(2)))
+    result = torch.full((rows, columns), NAN, device=DEVICE)
+    assert torch.equal(gather_rows(source, order, 5, result), source[order.order[5 : 5 + rows].long()])
+
+
+@pytest.mark.parametrize("to", DTYPES, ids=str)
+@pytest.mark.parametrize("of", FLOATS, ids=str)
+def test_gathered_rows_are_cast(of, to):
+    source = values(20, 72, dtype=of)
+    given = gather_rows(source, in_order(torch.arange(20).flip(0)), 0, torch.empty(20, 72, dtype=to, device=DEVICE))
+    assert torch.equal(given, source.flip(0).to(to))
+
+
+@pytest.mark.parametrize("count", [0, 6, 7, 20])
+def test_gathered_rows_past_the_count_are_zero(count):
+    """Whatever they hold: zero times NaN would reach the weight's gradient."""
+    source = values(20, 72)
+    order = replace(in_order(torch.arange(20)), count=torch.tensor([count], dtype=torch.int32, device=DEVICE))
+    expected = source.clone()
+    expected[count:], source[count:] = 0, NAN
+    result = torch.full_like(source, NAN)
+    for first in (0, 3, 6, 15):
+        gather_rows(source, order, first, result[first:])
+    assert torch.equal(result, expected)
+
+
+def test_gathered_rows_of_a_wider_matrix():
+    source = values(9, 40)
+    given = gather_rows(source[:, 8:32], in_order(torch.tensor([3, 0, 8])), 0, torch.empty(3, 24, device=DEVICE))
+    assert torch.equal(given, source[[3, 0, 8], 8:32])
+
+
+@pytest.mark.parametrize("columns", [1, 24, 1025])
+@pytest.mark.parametrize("mask", MASKS)
+def test_scattered_rows(mask, columns):
+    """Back where they came from, by chunks; rows that do not count give zeros, whatever their chunk holds."""
+    rows, chunk = 37, 10
+    counted = MASKS[mask](rows)
+    order = order_rows(torch.zeros(rows, dtype=torch.int64, device=DEVICE), counted)
+    source = values(rows, columns)
+    packed = gather_rows(source, order, 0, torch.empty_like(source))
+    packed[int(order.count) :] = NAN
+    result = torch.full_like(source, NAN)
+    for first in range(0, rows, chunk):
+        scatter_rows(packed[first : first + chunk], order, first, result)
+    counts = torch.ones(rows, dtype=torch.bool, device=DEVICE) if counted is None else counted
+    assert torch.equal(result, source.masked_fill(~counts[:, None], 0))
+
+
+def test_scattering_leaves_other_chunks_alone():
+    order = order_rows(torch.zeros(20, dtype=torch.int64, device=DEVICE), random_mask(20, 0.5))
+    result = torch.full((20, 8), NAN, device=DEVICE)
+    scatter_rows(torch.ones(5, 8, device=DEVICE), order, 5, result)
+    written = ~result.isnan().any(1)
+    assert set(written.nonzero()[:, 0].tolist()) == set(order.order[5:10].tolist())
+
+
+@pytest.mark.parametrize("to", DTYPES, ids=str)
+def test_scattered_rows_are_cast(to):
+    order = order_rows(torch.zeros(11, dtype=torch.int64, device=DEVICE), None)
+    source = values(11, 24)
+    result = torch.empty(11, 24, dtype=to, device=DEVICE)
+    assert torch.equal(scatter_rows(source, order, 0, result), source.to(to))
+
+
+# --- elementwise functions --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh_kernel(source, result, count, BLOCK: tl.constexpr):
+    """The device function over [count] values. Grid: blocks of BLOCK."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(source + place, mask=place < count, other=0.0)
+    tl.store(result + place, tanh(u), mask=place < count)
+
+
+def test_hyperbolic_tangent():
+    """Within 4 ulp everywhere, odd, exactly 1 far out and never beyond.
+
+    The largest error is where the quotient takes over, at 0.55: 1 - q with q = 0.5, whose exponential, sum, reciprocal and
+    difference are off by half an ulp to an ulp of 0.5 each.
+    """
+    magnitudes = torch.cat(
+        [
+            torch.logspace(-37, 2, 20_000, dtype=torch.float64),
+            torch.linspace(0, 12, 50_000, dtype=torch.float64),
+            torch.linspace(0.54, 0.56, 20_000, dtype=torch.float64),
+            torch.tensor([0.0, 1e4, 3e38, torch.inf], dtype=torch.float64),
+        ]
+    ).float()
+    source = torch.cat([magnitudes, -magnitudes]).to(DEVICE)
+    given = torch.full_like(source, NAN)
+    tanh_kernel[(triton.cdiv(source.numel(), 4096),)](source, given, source.numel(), 4096)
+    exact = torch.tensor([math.tanh(u) for u in source.tolist()], dtype=torch.float64)
+    one_ulp = torch.tensor(
+        [math.ldexp(1, max(-149, math.frexp(value)[1] - 24)) for value in exact.tolist()], dtype=torch.float64
+    )
+    assert ((given.cpu().double() - exact).abs() / one_ulp).max() <= 4
+    half = source.numel() // 2
+    assert torch.equal(given[:half], -given[half:])
+    assert given.abs().max() == 1
+    assert torch.equal(
+        given[magnitudes.to(DEVICE).argsort()].diff() < -4 * 2.0**-24, torch.zeros(half - 1).to(given) > 0
+    )
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+SIZES = [(1, 8, 1), (15, 24, 127), (16, 16, 128), (17, 40, 129), (50, 24, 300), (33, 24, 515)]
+
+HEADS = [
+    Head("plain"),
+    Head("bias", bias=True, vector=True),
+    Head("scale", scale=0.75, bias=True),
+    Head("softcap", softcap=5.0, vector=True),
+    Head("everything", bias=True, scale=0.75, softcap=5.0, vector=True, counted="some"),
+    Head("masked tiles", masked=(0, 1, 4)),
+    Head("masked", masked=(0, 1, 2, 3, 4), counted="some"),
+    # Sums of exponentials out of fp32's range, in some tiles or in all: none may be taken without a maximum.
+    Head("far apart", span=4096.0, vector=True),
+    Head("very small", bias=True, shift=-1e4),
+    Head("very large", bias=True, shift=1e4, counted="some"),
+    Head("one row", counted="one", bias=True),
+    Head("no row", counted="none", bias=True),
+]
+HEADS += [replace(head, dtype=dtype) for dtype in DTYPES[1:] for head in HEADS[:6]]
+
+each_head = pytest.mark.parametrize("head", HEADS, ids=str)
+
+
+def scanned(problem: Problem, columns: tuple[slice, ...] = (), rows: int = 0) -> tuple[Launcher, Tables, Statistics]:
+    """Statistics by the two kernels, and the last rows' tables; in several launches where slices are given."""
+    launcher, statistics = Launcher(problem), new_statistics(problem)
+    tokens = problem.shape.tokens
+    target_logit = launcher.empty(tokens).fill_(NAN)
+    rank = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
+    tables = launcher.tables(0)
+    rows = rows or max(1, tokens)
+    for first in range(0, tokens, rows):
+        some = slice(first, min(first + rows, tokens))
+        count = some.stop - some.start
+        tables = launcher.tables(count)
+        hidden = gathered(launcher, some)
+        for part in columns or (slice(0, problem.shape.vocabulary),):
+            launcher.scan(hidden, first, part, tables, target_logit)
+        launcher.combine(tables, target_logit, first, count, statistics)
+        launcher.scan(hidden, first, slice(0, problem.shape.vocabulary), tables, target_logit, rank=rank)
+    assert statistics.target_rank is not None
+    statistics.target_rank.index_copy_(0, launcher.rows.order.long(), rank.long())
+    return launcher, tables, statistics
+
+
+def check_statistics(problem: Problem, statistics: Statistics) -> None:
+    """Those of rows that count are right, all others 0."""
+    counts, alone = counting(problem), only_counting(problem)
+    for name, given in vars(statistics).items():
+        if name == "residuals" or given is None:
+            continue
+        assert not given[~counts].any(), name
+        if given.is_floating_point():
+            check(name, given[counts], lambda dtype, name=name: statistic(alone, name, dtype))
+    check_integers(alone, *(None if t is None else t[counts] for t in (statistics.prediction, statistics.target_rank)))
+
+
+def check_integers(problem: Problem, prediction: Tensor | None, rank: Tensor | None) -> None:
+    """The prediction has the largest logit and the rank counts the larger ones, up to rounding of two logits."""
+    z = logits(problem, torch.float64)
+    rounding = (logits(problem, torch.float32).double() - z).abs().nan_to_num(0)
+    slack = 4 * (rounding.amax(1) + torch.finfo(torch.float32).eps * z.abs().nan_to_num(0, 0, 0).amax(1))
+    at_target = z.gather(1, problem.target[:, None]).squeeze(1)
+    if prediction is not None:
+        assert (z.gather(1, prediction[:, None]).squeeze(1) >= z.amax(1) - slack).all()
+    if rank is not None:
+        assert ((z > (at_target + slack)[:, None]).sum(1) <= rank).all()
+        assert (rank <= (z > (at_target - slack)[:, None]).sum(1)).all()
+
+
+@each_head
+@pytest.mark.parametrize("size", SIZES[-2:], ids=str)
+def test_statistics(head, size):
+    problem = head.problem(*size)
+    check_statistics(problem, scanned(problem)[2])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("head", [HEADS[0], HEADS[4]], ids=str)
+def test_statistics_of_ragged_sizes(head, size):
+    problem = head.problem(*size)
+    check_statistics(problem, scanned(problem)[2])
+
+
+def test_statistics_of_no_rows():
+    problem = HEADS[4].problem(0, 24, 300)
+    statistics = scanned(problem)[2]
+    assert statistics.logsumexp.shape == (0,)
+
+
+@pytest.mark.parametrize("head", [HEADS[4], HEADS[7]], ids=str)
+def test_statistics_by_parts(head):
+    """Several launches, for rows and for columns, give the bits of one."""
+    problem = head.problem(50, 24, 600)
+    block = Launcher(problem).block
+    whole = scanned(problem)[2]
+    parts = scanned(problem, columns=(slice(0, block), slice(block, 600)), rows=16)[2]
+    for name, value in vars(whole).items():
+        if name != "residuals":
+            assert torch.equal(value, getattr(parts, name)), name
+
+
+def test_statistics_not_asked_for_are_not_computed():
+    problem = HEADS[0].problem(17, 24, 300, statistics=frozenset())
+    launcher = Launcher(problem)
+    tables, target_logit = launcher.tables(17), launcher.empty(17)
+    launcher.scan(gathered(launcher, slice(0, 17)), 0, slice(0, 300), tables, target_logit)
+    launcher.combine(tables, target_logit, 0, 17, statistics := new_statistics(problem))
+    assert [tables.mean, tables.smooth, tables.peak, statistics.mean_logit, statistics.prediction] == [None] * 5
+    check("logsumexp", statistics.logsumexp, lambda dtype: statistic(problem, "logsumexp", dtype))
+
+
+@pytest.mark.parametrize(
+    "head", [Head("ties", coarse=True), Head("ties", DTYPES[1], coarse=True, scale=0.5, counted="some")], ids=str
+)
+def test_prediction_and_rank_of_equal_logits(head):
+    """The first of the largest logits is predicted, within a tile and across tiles; equal logits are not above."""
+    problem = head.problem(40, 8, 600)
+    weight = problem.weight.clone()
+    weight[[130, 131, 290, 599]] = weight.abs().amax() * 2
+    hidden = problem.hidden.clone()
+    hidden[::3], hidden[1::3] = 1, -1  # four equal logits are largest, or least
+    weight[7] = weight[300] = -weight[130]
+    problem = replace(problem, hidden=hidden, weight=weight)
+    statistics, counts, alone = scanned(problem)[2], counting(problem), only_counting(problem)
+    for name in ("prediction", "target_rank"):
+        assert torch.equal(getattr(statistics, name)[counts].long(), statistic(alone, name, torch.float64).long()), name
+    assert {130, 7} <= set(statistics.prediction[counts].tolist())
+
+
+@pytest.mark.parametrize("head", [HEADS[0], HEADS[5], HEADS[6], HEADS[7], HEADS[8], HEADS[9], *HEADS[-6:-5]], ids=str)
+def test_table(head):
+    """One entry for each row that counts and tile: log2 of its sum of exponentials, -inf for a masked tile."""
+    problem = head.problem(33, 24, 515)
+    launcher, tables, _ = scanned(problem)
+    alone, count = only_counting(problem), int(counting(problem).sum())
+
+    def formula(dtype: torch.dtype) -> Tensor:
+        return torch.stack([z.logsumexp(1) / LOG2 for z in logits(alone, dtype).split(launcher.block, 1)])
+
+    assert tables.log_sum.shape == (-(-515 // launcher.block), 33)
+    check("table", tables.log_sum[:, :count], formula)
+
+
+@each_head
+def test_kept_softmax(head):
+    """A storing scan leaves the softmax of each tile, rounded to the compute dtype, and the same statistics."""
+    problem = head.problem(33, 24, 2 * 515)
+    launcher, statistics = Launcher(problem), new_statistics(problem)
+    tables, target_logit = launcher.tables(33), launcher.empty(33).fill_(NAN)
+    window = 2 * launcher.block
+    first = torch.full((1, 33, window), NAN, dtype=head.dtype, device=DEVICE)
+    rest = torch.full((1, 33, 1088), NAN, dtype=head.dtype, device=DEVICE)[:, :, : 2 * 515 - window]
+    hidden = gathered(launcher, slice(0, 33))
+    launcher.scan(hidden, 0, slice(0, window), tables, target_logit, first)
+    launcher.scan(hidden, 0, slice(window, 2 * 515), tables, target_logit, rest)
+    launcher.combine(tables, target_logit, 0, 33, statistics)
+    alone, count = only_counting(problem), int(counting(problem).sum())
+
+    def formula(dtype: torch.dtype) -> Tensor:
+        tiles = [z.softmax(1).nan_to_num(0) for z in logits(alone, dtype).split(launcher.block, 1)]
+        return torch.cat(tiles, 1)
+
+    given = torch.cat([first[0], rest[0]], 1)[:count]
+    check("softmax", given, formula)
+    check_statistics(problem, replace(statistics, target_rank=None))
+
+
+def test_kept_softmax_of_several_windows():
+    """Windows that lie apart in memory, as in the buffer of the weight gradient."""
+    problem = Head("windows", torch.float16).problem(17, 24, 1100)
+    launcher, target_logit = Launcher(problem), torch.full((17,), NAN, device=DEVICE)
+    window = launcher.block
+    memory = torch.full((4 * 17 * window + 3 * 64,), NAN, dtype=torch.float16, device=DEVICE)
+    apart = memory.as_strided((3, 17, window), (17 * window + 64, window, 1), 128)
+    tables = launcher.tables(17)
+    launcher.scan(gathered(launcher, slice(0, 17)), 0, slice(0, 3 * window), tables, target_logit, apart)
+    for number, z in enumerate(logits(problem, torch.float32).split(window, 1)[:3]):
+        torch.testing.assert_close(apart[number].float(), z.softmax(1), rtol=2**-10, atol=2**-24)
+    apart.fill_(0)
+    assert memory.isnan().sum() == memory.numel() - apart.numel()
+
+
+def test_order_of_rows_does_not_matter():
+    """Statistics of a row are the same bits wherever it stands and whatever stands beside it."""
+    problem = HEADS[4].problem(50, 24, 515)
+    turn = torch.randperm(50, generator=generator(8)).to(DEVICE)
+    assert problem.counted is not None
+    turned = replace(problem, hidden=problem.hidden[turn], target=problem.target[turn], counted=problem.counted[turn])
+    first, second = scanned(problem)[2], scanned(turned)[2]
+    for name, value in vars(first).items():
+        if name != "residuals":
+            assert torch.equal(value[turn], getattr(second, name)), name
+
+
+# --- the gradient of the logits ---------------------------------------------------------------------------------------
+
+GRADIENT_HEADS = [
+    Head("plain"),
+    Head("bias", bias=True, vector=True, scale=0.75),
+    Head("softcap", softcap=5.0),
+    Head("everything", bias=True, scale=0.75, softcap=5.0, vector=True, counted="some"),
+    Head("wide softcap", softcap=30.0, span=8.0),
+    Head("masked tiles", masked=(0, 1, 4)),
+    Head("far apart", span=64.0, vector=True),
+    Head("very large", bias=True, shift=1e4),
+    Head("one row", counted="one", vector=True),
+    Head("no row", counted="none"),
+]
+GRADIENT_HEADS += [replace(head, dtype=dtype) for dtype in DTYPES[1:] for head in GRADIENT_HEADS[:7]]
+
+COEFFICIENTS = {"a b c d": {}, "a c": {"b": False, "d": False}, "a b c": {"d": False}, "a c d": {"b": False}}
+each_gradient_case = pytest.mark.parametrize(
+    ("head", "given"),
+    [
+        *((head, "a b c d") for head in GRADIENT_HEADS),
+        *((head, given) for head in (GRADIENT_HEADS[0], GRADIENT_HEADS[3]) for given in list(COEFFICIENTS)[1:]),
+    ],
+    ids=str,
+)
+
+TOKENS, VOCABULARY = 33, 4 * 256 + 6
+# Starts at a tile's edge, as every window does, and ends within a tile.
+WINDOW = slice(256, 3 * 256 + 7)
+
+
+def spoil_others(coefficients: Coefficients, counts: Tensor) -> Coefficients:
+    """NaN for rows that do not count: nothing may read those."""
+    return Coefficients(
+        **{name: None if c is None else c.masked_fill(~counts, NAN) for name, c in vars(coefficients).items()}
+    )
+
+
+def check_logits_gradient(problem: Problem, coefficients: Coefficients, gradient: Tensor, columns: slice) -> None:
+    """[R, U] in packed order; the targets' entries, which dominate their rows, are held to their own error."""
+    counts, alone = counting(problem), only_counting(problem)
+    count, of_alone = int(counts.sum()), coefficients.rows(counts)
+    assert not gradient[count:].any()
+    narrow = problem.shape.compute_dtype if problem.shape.compute_dtype != torch.float32 else None
+    at_target = torch.zeros(count, problem.shape.vocabulary, dtype=torch.bool, device=DEVICE)
+    at_target.scatter_(1, alone.target[:, None], True)
+    at_target = at_target[:, columns]
+    for name, where in (("targets", at_target), ("others", ~at_target)):
+        check(
+            name,
+            gradient[:count][where],
+            lambda dtype, where=where: logits_gradient(alone, of_alone, dtype)[:, columns][where],
+            None if narrow is None else logits_gradient(alone, of_alone, torch.float32, narrow)[:, columns][where],
+        )
+
+
+def softmax_in_tiles(launcher: Launcher, problem: Problem) -> tuple[Tensor, Tensor]:
+    """[N, V] softmax within tiles and [T, N] its log2-sum-exp, in packed order, NaN for rows that do not count."""
+    z = logits(problem, torch.float64)[launcher.rows.order.long()]
+    z[int(launcher.rows.count) :] = NAN
+    tiles = z.split(launcher.block, 1)
+    softmax = torch.cat([torch.where(tile == -torch.inf, 0, tile.softmax(1)) for tile in tiles], 1)
+    return softmax, torch.stack([tile.logsumexp(1) / LOG2 for tile in tiles]).float()
+
+
+@each_gradient_case
+def test_gradient_from_kept_softmax(head, given):
+    """In place, or beside the softmax, with the same bits."""
+    problem = head.problem(TOKENS, 24, VOCABULARY)
+    launcher, counts = Launcher(problem), counting(problem)
+    coefficients = random_coefficients(TOKENS, **COEFFICIENTS[given])
+    softmax, table = softmax_in_tiles(launcher, problem)
+    kept = torch.full((TOKENS, 1088), 7.0, dtype=head.dtype, device=DEVICE)
+    width = WINDOW.stop - WINDOW.start
+    kept[:, :width] = softmax[:, WINDOW]
+    spoilt, statistics = spoil_others(coefficients, counts), exact_statistics(problem)
+    beside = torch.full((TOKENS, width + 3), 7.0, dtype=head.dtype, device=DEVICE)
+    for gradient in (beside, kept):
+        launcher.stored_gradient(kept[:, :width], gradient[:, :width], table, 0, WINDOW, statistics, spoilt)
+        assert (gradient[:, width:] == 7).all()
+    assert torch.equal(beside[:, :width], kept[:, :width])
+    check_logits_gradient(problem, coefficients, kept[:, :width], WINDOW)
+
+
+def test_gradient_from_kept_softmax_of_a_chunk():
+    """A chunk's rows are those from ``first_row`` on in the packed order; its table starts with them."""
+    problem = GRADIENT_HEADS[3].problem(TOKENS, 24, VOCABULARY)
+    launcher, counts = Launcher(problem), counting(problem)
+    coefficients = random_coefficients(TOKENS)
+    softmax, table = softmax_in_tiles(launcher, problem)
+    gradient = softmax.float()
+    for first in (0, 7, 14, 21, 28):
+        rows = slice(first, min(first + 7, TOKENS))
+        launcher.stored_gradient(
+            gradient[rows],
+            gradient[rows],
+            table[:, rows].contiguous(),
+            first,
+            slice(0, VOCABULARY),
+            exact_statistics(problem),
+            spoil_others(coefficients, counts),
+        )
+    check_logits_gradient(problem, coefficients, gradient, slice(0, VOCABULARY))
+
+
+@each_gradient_case
+def test_gradient_of_a_recomputed_window(head, given):
+    problem = head.problem(TOKENS, 24, VOCABULARY)
+    launcher, counts = Launcher(problem), counting(problem)
+    coefficients = random_coefficients(TOKENS, **COEFFICIENTS[given])
+    width = WINDOW.stop - WINDOW.start
+    buffer = torch.full((TOKENS, 576), 7.0, dtype=head.dtype, device=DEVICE)
+    gradient = buffer[:, :width]
+    gradient.fill_(NAN)
+    hidden = gathered(launcher, slice(0, TOKENS))
+    spoilt = spoil_others(coefficients, counts)
+    launcher.window_gradient(hidden, gradient, WINDOW, exact_statistics(problem), spoilt)
+    assert (buffer[:, width:] == 7).all()
+    check_logits_gradient(problem, coefficients, gradient, WINDOW)
+
+
+@pytest.mark.parametrize("how", ["kept", "recomputed"])
+def test_target_is_subtracted_before_rounding(how):
+    """Where the target is almost certain, ``p - 1`` keeps the relative accuracy that fp16's ``p`` has lost."""
+    problem = Head("certain", torch.float16).problem(TOKENS, 24, VOCABULARY)
+    weight = problem.weight / 16
+    weight[problem.target[0]] = problem.hidden[0] / problem.hidden[0].float().square().sum() * 12
+    target = torch.full_like(problem.target, int(problem.target[0]))
+    problem = replace(problem, weight=weight, target=target, hidden=problem.hidden[:1].expand(TOKENS, -1).contiguous())
+    p = logits(problem, torch.float64).softmax(1)[0, target[0]].item()
+    assert 0 < 1 - p < torch.finfo(torch.float16).eps * 8
+    launcher, one = Launcher(problem), torch.ones(TOKENS, device=DEVICE)
+    coefficients = Coefficients(a=one, b=None, c=one, d=None)
+    gradient = torch.empty(TOKENS, 1088, dtype=torch.float16, device=DEVICE)[:, :VOCABULARY]
+    if how == "kept":
+        softmax, table = softmax_in_tiles(launcher, problem)
+        gradient.copy_(softmax)
+        everything = slice(0, VOCABULARY)
+        launcher.stored_gradient(gradient, gradient, table, 0, everything, exact_statistics(problem), coefficients)
+    else:
+        hidden = gathered(launcher, slice(0, TOKENS))
+        launcher.window_gradient(hidden, gradient, slice(0, VOCABULARY), exact_statistics(problem), coefficients)
+
+    def formula(dtype: torch.dtype) -> Tensor:
+        return logits_gradient(problem, coefficients, dtype)[:, target[0]]
+
+    check("target", gradient[:, target[0]], formula)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("counted", ["all", "some", "none"])
+@pytest.mark.parametrize("first_row", [0, 7])
+def test_column_sums(dtype, counted, first_row):
+    """Of the rows that count, added to what is there; nothing else is read."""
+    problem = replace(HEADS[0], counted=counted).problem(150, 8, 128)
+    launcher = Launcher(problem)
+    chunk = values(140, 131, dtype=dtype)
+    counts = max(0, min(140, int(launcher.rows.count) - first_row))
+    chunk[counts:] = NAN
+    start = values(131, seed=1)
+    sums = start.clone()
+    launcher.add_column_sums(chunk[:, :130], first_row, sums[:130])
+    assert sums[130] == start[130]
+
+    def formula(dtype: torch.dtype) -> Tensor:
+        return start[:130].to(dtype) + chunk[:counts, :130].to(dtype).sum(0)
+
+    check("sums", sums[:130], formula)
+
+
+@pytest.mark.parametrize("counted", ["all", "some", "none"])
+def test_rows_past_the_count_are_cleared(counted):
+    """A window's rows that do not count come out as zeros, even those in tiles without a row that counts."""
+    problem = replace(HEADS[0], counted=counted).problem(150, 8, 128)
+    launcher, count = Launcher(problem), int(counting(problem).sum())
+    gradient = torch.full((150, 128), NAN, device=DEVICE)
+    coefficients = random_coefficients(150)
+    launcher.window_gradient(
+        gathered(launcher, slice(0, 150)), gradient, slice(0, 128), exact_statistics(problem), coefficients
+    )
+    assert not gradient[count:].any()
+    assert not gradient[:count].isnan().any()
+
+
+# --- rows that do not count, through the backend ----------------------------------------------------------------------
+
+SCHEDULES = {
+    "stored": Schedule("stored", TOKENS, VOCABULARY, kept_windows=1, backward_window=VOCABULARY),
+    "windowed": Schedule("windowed", TOKENS, 256, backward_window=256),
+    "kept": Schedule("windowed", TOKENS, 256, kept_windows=2, backward_window=512),
+    "lodged": Schedule("windowed", TOKENS, 256, kept_windows=1, lodged_windows=2, backward_window=256),
+    "chunked": Schedule("chunked", 10, VOCABULARY, backward_window=256),
+}
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+COUNTED = ["all", "some", "one", "none"]
+
+
+def statistics_of(schedule: str) -> frozenset:
+    """Those a schedule must give: per-token outputs are never chunked, so that no rank is asked for there."""
+    return STATISTICS - {"target_rank"} if schedule == "chunked" else STATISTICS
+
+
+def evaluated(problem: Problem, schedule: str, coefficients: Coefficients) -> tuple[Statistics, Gradients]:
+    chosen, shape = SCHEDULES[schedule], problem.shape
+    if chosen.lodged_windows and shape.product_dtype.itemsize > shape.weight_dtype.itemsize:
+        pytest.skip("the planner lodges nothing where products are wider than the weight")
+    if problem.shape.tokens < TOKENS:
+        chosen = replace(chosen, rows=max(1, min(chosen.rows, problem.shape.tokens)))
+    if chosen.strategy == "chunked":
+        return backend.forward_with_gradients(problem, chosen, lambda statistics, rows: coefficients.rows(rows))
+    statistics = backend.forward(problem, chosen)
+    return statistics, backend.backward(problem, chosen, statistics, coefficients)
+
+
+def check_gradients(problem: Problem, coefficients: Coefficients, gradients: Gradients) -> None:
+    counts, alone = counting(problem), only_counting(problem)
+    of_alone, scale = coefficients.rows(counts), problem.head.logit_scale
+    narrow = None if problem.shape.compute_dtype == torch.float32 else problem.shape.compute_dtype
+
+    def formulas(dtype: torch.dtype, narrow: torch.dtype | None) -> dict[str, Tensor]:
+        dz = logits_gradient(alone, of_alone, dtype, narrow).to(dtype)
+        return {
+            "hidden": scale * (dz @ alone.weight.to(dtype)),
+            "weight": scale * (dz.T @ alone.hidden.to(dtype)),
+            "bias": dz.sum(0),
+        }
+
+    plain = formulas(torch.float32, narrow)
+    given = {"hidden": gradients.hidden, "weight": gradients.weight, "bias": gradients.bias}
+    assert not given["hidden"][~counts].any()
+    given["hidden"] = given["hidden"][counts]
+    for name, value in given.items():
+        if value is not None:
+            check(name, value, lambda dtype, name=name: formulas(dtype, None)[name], plain[name])
+
+
+@each_schedule
+@pytest.mark.parametrize("counted", COUNTED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_do_not_count(schedule, counted, dtype):
+    """Their statistics and gradients are zero, the others' are right."""
+    head = Head("busy", dtype, bias=True, scale=0.75, softcap=5.0, vector=True, counted=counted)
+    problem = head.problem(TOKENS, 40, VOCABULARY, statistics_of(schedule))
+    coefficients = random_coefficients(TOKENS)
+    spoilt = spoil_others(coefficients, counting(problem))
+    statistics, gradients = evaluated(problem, schedule, spoilt)
+    check_statistics(problem, statistics)
+    check_gradients(problem, coefficients, gradients)
+
+
+@each_schedule
+@pytest.mark.parametrize("counted", COUNTED[1:])
+@pytest.mark.parametrize("spoiler", [torch.nan, torch.inf], ids=str)
+def test_rows_that_do_not_count_may_hold_anything(schedule, counted, spoiler):
+    """Hidden states that are not finite there reach nothing: ``0 * nan`` would be NaN in the gradient of the weight."""
+    head = Head("busy", bias=True, counted=counted)
+    problem = head.problem(TOKENS, 40, VOCABULARY, statistics_of(schedule))
+    hidden = problem.hidden.clone()
+    hidden[~counting(problem)] = spoiler
+    spoilt = replace(problem, hidden=hidden)
+    coefficients = random_coefficients(TOKENS)
+    statistics, gradients = evaluated(spoilt, schedule, coefficients)
+    check_statistics(problem, statistics)
+    check_gradients(problem, coefficients, gradients)
+
+
+@each_schedule
+def test_ignored_rows_give_the_bits_of_the_packed_problem(schedule):
+    problem = replace(GRADIENT_HEADS[3], dtype=torch.float16).problem(TOKENS, 40, VOCABULARY)
+    counts = counting(problem)
+    coefficients = random_coefficients(TOKENS)
+    statistics, _ = evaluated(problem, schedule, coefficients)
+    alone, _ = evaluated(only_counting(problem), schedule, coefficients.rows(counts))
+    for name in ("logsumexp", "target_logit", "mean_logit", "smooth_logit", "prediction"):
+        assert torch.equal(getattr(statistics, name)[counts], getattr(alone, name)), name
+
+
+@each_schedule
+def test_gradients_wanted_alone(schedule):
+    """Each of the three without the others, with the bits it has beside them."""
+    problem = GRADIENT_HEADS[3].problem(TOKENS, 40, VOCABULARY)
+    coefficients = random_coefficients(TOKENS)
+    _, together = evaluated(problem, schedule, coefficients)
+    for only in ("hidden", "weight", "bias"):
+        if schedule == "lodged" and only != "weight":
+            continue  # windows lodge in the weight's gradient
+        wants = {f"{name}_gradient": name == only for name in ("hidden", "weight", "bias")}
+        alone = replace(problem, shape=replace(problem.shape, **wants))
+        _, gradients = evaluated(alone, schedule, coefficients)
+        for name in ("hidden", "weight", "bias"):
+            given = getattr(gradients, name)
+            assert (given is not None) == (name == only)
+            assert given is None or torch.equal(given, getattr(together, name)), name
+
+
+def test_backward_again_recomputes():
+    """Residuals are used up by one backward pass; without them everything is recomputed."""
+    problem = GRADIENT_HEADS[3].problem(TOKENS, 40, VOCABULARY)
+    coefficients = random_coefficients(TOKENS)
+    schedule = SCHEDULES["lodged"]
+    statistics = backend.forward(problem, schedule)
+    for residuals in (statistics.residuals, ()):
+        check_gradients(
+            problem, coefficients, backend.backward(problem, schedule, statistics.leaving(residuals), coefficients)
+        )
+
+
+@each_schedule
+def test_workspace_counts_residuals(schedule):
+    """The tensors a forward pass leaves are those that planning knows of."""
+    if schedule == "chunked":
+        pytest.skip("leaves nothing")
+    problem = GRADIENT_HEADS[3].problem(TOKENS, 40, VOCABULARY)
+    left = backend.forward(problem, SCHEDULES[schedule]).residuals
+    forms = backend.residuals(problem.shape, SCHEDULES[schedule])
+    assert [(tuple(tensor.shape), tensor.dtype) for tensor in left] == [(tuple(size), dtype) for size, dtype in forms]
+
+
+# --- compilation ------------------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_compiles_for_a_gpu():
+    """The interpreter runs what the compiler refuses: branches of two types, methods of integers that are constants.
+
+    Every kernel, with its flags on and off, and with each integer argument equal to 1, which makes it a constant.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
