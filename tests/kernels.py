@@ -13,7 +13,6 @@ from torch import Tensor
 
 from logitless.backends.contract import Coefficients, Problem, Shape, Statistics
 from logitless.backends.triton.launch import Launcher
-from logitless.backends.triton.launch import Launcher
 from logitless.options import HeadOptions
 from problems import coarse, generator
 from tolerance import FACTOR, floor
@@ -114,13 +113,19 @@ def only_counting(problem: Problem) -> Problem:
     return replace(problem, shape=shape, hidden=problem.hidden[mask], target=problem.target[mask], counted=None)
 
 
-def logits(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """[N, V] by plain operations in one dtype."""
-    z = problem.head.logit_scale * (problem.hidden.to(dtype) @ problem.weight.to(dtype).T)
+def logits(problem: Problem, dtype: torch.dtype, narrow: torch.dtype | None = None) -> Tensor:
+    """[N, V] by plain operations in one dtype; with ``narrow``, each result is rounded to that."""
+
+    def rounded(values: Tensor) -> Tensor:
+        return values if narrow is None else values.to(narrow).to(dtype)
+
+    z = rounded(problem.hidden.to(dtype) @ problem.weight.to(dtype).T)
+    if problem.head.logit_scale != 1:
+        z = rounded(problem.head.logit_scale * z)
     if problem.bias is not None:
-        z = z + problem.bias.to(dtype)
+        z = rounded(z + problem.bias.to(dtype))
     if problem.head.softcap is not None:
-        z = problem.head.softcap * torch.tanh(z / problem.head.softcap)
+        z = rounded(problem.head.softcap * torch.tanh(z / problem.head.softcap))
     return z
 
 
@@ -128,9 +133,9 @@ def smoothing(problem: Problem, dtype: torch.dtype) -> Tensor | float:
     return problem.smoothing.to(dtype) if isinstance(problem.smoothing, Tensor) else problem.smoothing
 
 
-def statistic(problem: Problem, name: str, dtype: torch.dtype) -> Tensor:
-    """[N] one of the fields of ``Statistics`` by plain operations, from the numbers that a fused operator keeps of a row."""
-    z = logits(problem, dtype)
+def statistic(problem: Problem, name: str, dtype: torch.dtype, narrow: torch.dtype | None = None) -> Tensor:
+    """[N] one of the fields of ``Statistics``, formed from the log-sum-exp as a fused operator must."""
+    z = logits(problem, dtype, narrow)
     lse = z.logsumexp(1)
     at_target = z.gather(1, problem.target[:, None])
     if name == "target_logit":
@@ -159,9 +164,7 @@ def logits_gradient(
 
     With ``narrow``, logits and gradient are rounded to that dtype, as plain operations in it do.
     """
-    z = logits(problem, dtype)
-    if narrow is not None:
-        z = z.to(narrow).to(dtype)
+    z = logits(problem, dtype, narrow)
     p = (z - z.logsumexp(1, keepdim=True)).exp()
     dz = coefficients.a.to(dtype)[:, None] * p
     if coefficients.b is not None:
@@ -180,7 +183,7 @@ def gathered(launcher: Launcher, rows: slice) -> Tensor:
 
 
 def exact_statistics(problem: Problem) -> Statistics:
-    """Statistics of all rows, from fp64, rounded; those of rows that do not count are spoilt, for nothing may read them."""
+    """Statistics of all rows, from fp64, rounded; NaN for rows that do not count, which nothing may read."""
     counts = counting(problem)
     values = {
         name: statistic(problem, name, torch.float64).float().masked_fill(~counts, torch.nan)

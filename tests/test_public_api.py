@@ -17,11 +17,18 @@ import logitless
 
 PACKAGE = Path(logitless.__file__).parent
 
+PUBLIC_FUNCTIONS = [
+    logitless.check_targets,
+    logitless.linear_cross_entropy,
+    logitless.plan,
+    logitless.token_statistics,
+]
 PUBLIC = [
     "LinearCrossEntropyLoss",
     "Plan",
     "Sampled",
     "TokenStatistics",
+    "check_targets",
     "linear_cross_entropy",
     "plan",
     "token_statistics",
@@ -41,7 +48,7 @@ def test_public_objects_are_documented(name):
     assert not inspect.getdoc(public).startswith(f"{name}("), "the signature dataclass writes is no documentation"
 
 
-@pytest.mark.parametrize("function", [logitless.linear_cross_entropy, logitless.token_statistics, logitless.plan])
+@pytest.mark.parametrize("function", PUBLIC_FUNCTIONS)
 def test_every_argument_is_documented(function):
     documentation = inspect.getdoc(function)
     missing = [name for name in inspect.signature(function).parameters if name not in documentation]

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_train(subcommands)
     _add_bench(subcommands)
     _add_plan(subcommands)
+    _add_tune(subcommands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -195,6 +196,37 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise InputError(str(error)) from error
     print(plan)
     return 0
+
+
+def _add_tune(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "tune",
+        help="measure tiles of the kernels on this GPU and write a table",
+        description="Times candidate tiles of each kernel on this GPU and writes the fastest to a table, which the "
+        "library reads where LOGITLESS_TILES names it. Nothing is tuned unless asked: the built-in table is measured.",
+    )
+    parser.add_argument("--tokens", type=int, default=8192, help="N of the problem to time (default: 8192)")
+    parser.add_argument("--hidden", type=int, default=4096, help="D (default: 4096)")
+    parser.add_argument("--vocabulary", type=int, default=65536, help="V (default: 65536)")
+    parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds, every candidate in turn (default: 7)")
+    parser.add_argument("--output", type=Path, default=Path("logitless-tiles.json"), metavar="FILE")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    _require_extra("demo", ("rich",))
+    from rich.console import Console
+
+    from logitless.bench.tune import Problem, tune
+    from logitless.validation import check_dtype
+
+    try:
+        dtype = check_dtype("--dtype", arguments.dtype)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    problem = Problem(arguments.tokens, arguments.hidden, arguments.vocabulary, dtype)
+    return tune(problem, arguments.rounds, arguments.output, Console())
 
 
 def _new_run_dir(name: str) -> Path:

@@ -3,8 +3,8 @@
 ``logitless::linear_head`` gives the objective's outputs and what its gradient needs, and
 ``logitless::linear_head_backward`` the gradients. Both are functional: nothing that a forward pass leaves is
 overwritten and no outputs share memory, so windows do not lodge in the weight gradient, and what is kept is read, not
-used up. Everything that is not a tensor travels as text, so that a graph can hold it. Sizes are those of the trace: another
-number of tokens compiles anew.
+used up. Everything that is not a tensor travels as text, so that a graph can hold it. Sizes are those of the trace:
+another number of tokens compiles anew.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Text:
         return torch.float64 if self.settings.compute_dtype == torch.float64 else torch.float32
 
 
-def _written(settings: Settings, objective: LossObjective | StatisticsObjective, uniform: float | None) -> str:
+def written(settings: Settings, objective: LossObjective | StatisticsObjective, uniform: float | None) -> str:
     """Everything that is not a tensor, as the text of a tuple."""
     head, forced = settings.head, settings.forced
     dtype = str(settings.compute_dtype)
@@ -117,7 +117,7 @@ def apply(
 ) -> tuple[torch.Tensor, ...]:
     """As ``operators.apply``."""
     vector = smoothing if isinstance(smoothing, torch.Tensor) else None
-    text = _written(settings, objective, smoothing if isinstance(smoothing, float) else None)
+    text = written(settings, objective, smoothing if isinstance(smoothing, float) else None)
     class_weight = objective.class_weight if isinstance(objective, LossObjective) else None
     results = linear_head(hidden, weight, bias, target, counted, objective.scale, class_weight, vector, offsets, text)
     count = 1 if isinstance(objective, LossObjective) else len(objective.names)

@@ -221,6 +221,33 @@ def token_statistics(
     return TokenStatistics(**{name: value.view(target.shape) for name, value in zip(names, values, strict=True)})
 
 
+def check_targets(
+    target: torch.Tensor,  # [...]
+    vocabulary: int,
+    *,
+    ignore_index: int = -100,
+) -> None:
+    """Raise if a target is out of range, with its place: what made a loss NaN on a GPU.
+
+    A loss on the CPU checks its targets. On an accelerator that would stop the host, so a token whose target is out of
+    range gets a loss of NaN, and gradients of NaN, instead; this function then says which token it was. It waits for
+    the device.
+
+    Args:
+        target: vocabulary indices [...], any integer dtype, on any device.
+        vocabulary: V, the rows of the head.
+        ignore_index: target of tokens that do not count.
+
+    Raises:
+        ValueError: a target is neither in [0, vocabulary) nor ``ignore_index``; the message has the first one's place.
+        TypeError: a target that does not hold integers.
+    """
+    validation.check_size("vocabulary", vocabulary, least=1)
+    validation.check_index("ignore_index", ignore_index)
+    validation.check_target_type(target)
+    validation.check_targets_in_range(target.detach().reshape(-1).long(), vocabulary, ignore_index)
+
+
 @dataclass(frozen=True)
 class _Tokens:
     """The tokens that count.

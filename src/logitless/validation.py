@@ -171,8 +171,7 @@ def check_head(input: object, linear_weight: object, target: object, linear_bias
         )
     if linear_weight.shape[0] == 0 or linear_weight.shape[1] == 0:
         raise ValueError(f"linear_weight must have V >= 1 rows and D >= 1 columns, got {tuple(linear_weight.shape)}")
-    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"target must have an integer dtype (vocabulary indices), got {target.dtype}")
+    check_target_type(target)
     _shaped("target", target, tuple(input.shape[:-1]), "the leading shape of input")
     _same_device("linear_weight", linear_weight, input)
     _same_device("target", target, input)
@@ -214,12 +213,20 @@ def check_normalizer(value: object, reduction: str, input: torch.Tensor) -> None
     check_number("normalizer", value, least=0)
 
 
+def check_target_type(target: object) -> None:
+    """A tensor of integers."""
+    if _tensor("target", target).dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(
+            f"target must have an integer dtype (vocabulary indices), got {_tensor('target', target).dtype}"
+        )
+
+
 def check_targets_in_range(
     target: torch.Tensor,  # [N]
     vocabulary: int,
     ignore_index: int,
 ) -> None:
-    """Every target on the CPU lies in [0, V) or is ignored."""
+    """Every target lies in [0, V) or is ignored. Waits for the device of the targets."""
     wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if wrong.any():
         first = int(wrong.nonzero()[0, 0])

@@ -27,7 +27,7 @@ from logitless.backends.contract import (
     ceil_div,
     lodging_spacing,
 )
-from logitless.backends.triton.launch import Launcher
+from logitless.backends.triton.launch import Launcher, table_rows
 from logitless.backends.triton.products import multiply
 from logitless.backends.triton.rows import RowOrder, scatter_rows
 from logitless.backends.triton.softmax_gradient import sum_columns
@@ -66,7 +66,7 @@ def residuals(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]
     return [
         ((shape.vocabulary, shape.hidden) if lodged.stop else (0,), shape.weight_dtype),
         ((shape.tokens, padded(kept.stop - kept.start)), shape.compute_dtype),
-        ((blocks, shape.tokens) if keeps else (0,), torch.float32),
+        ((blocks, table_rows(shape.tokens)) if keeps else (0,), torch.float32),
         row,
         row,
         ((1,), torch.int32),

@@ -28,7 +28,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Tables:
-    """Statistics of each tile of columns, for rows in packed order: [T, rows] fp32, None where not wanted."""
+    """Statistics of each tile of columns, for rows in packed order: [T, R] fp32, None where not wanted."""
 
     log_sum: torch.Tensor
     mean: torch.Tensor | None
@@ -79,7 +79,7 @@ class Launcher:
     def tables(self, rows: int) -> Tables:
         """Unwritten tables for that many rows."""
         blocks, wanted = ceil_div(self.shape.vocabulary, self.block), self.shape.statistics
-        predict = "prediction" in wanted
+        predict, rows = "prediction" in wanted, table_rows(rows)
         return Tables(
             log_sum=self.empty(blocks, rows),
             mean=self.empty(blocks, rows) if "mean_logit" in wanted else None,
@@ -331,6 +331,11 @@ class Launcher:
 
     def _operands(self, hidden: torch.Tensor, tile: tiles.Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
         return _described(hidden, [tile.rows, tile.depth]), _described(self.weight, [tile.columns, tile.depth])
+
+
+def table_rows(rows: int) -> int:
+    """Entries from one tile's sums to the next in a table for that many rows: a multiple of 64 bytes."""
+    return ceil_div(rows, 16) * 16
 
 
 COMBINED_ROWS, COMBINED_BLOCKS = 16, 64

@@ -13,6 +13,7 @@ import torch
 from logitless.backends.contract import Schedule, Shape, ceil_div
 from logitless.backends.triton import tiles
 from logitless.backends.triton.dense import padded, runs
+from logitless.backends.triton.launch import table_rows
 
 # Vectors of 4 bytes a row: order, target, statistics, coefficients and what forms them.
 VECTORS = 24
@@ -99,7 +100,7 @@ def _hidden_accumulator(shape: Shape, single: bool) -> int:
 
 
 def _table(shape: Shape, rows: int) -> int:
-    return 4 * blocks(shape) * min(rows, shape.tokens)
+    return 4 * blocks(shape) * table_rows(min(rows, shape.tokens))
 
 
 def _tables(shape: Shape, rows: int) -> int:

@@ -25,7 +25,7 @@ from logitless.backends.contract import (
 from logitless.backends.triton.dense import new_statistics, padded, slices
 from logitless.backends.triton.launch import readable
 from logitless.backends.triton.products import multiply
-from logitless.backends.triton.rowwise import cleared_rows, gradient_in_place
+from logitless.backends.triton.rowwise import gradient_in_place, scale_rows
 from logitless.backends.triton.softmax_gradient import sum_columns
 
 
@@ -65,7 +65,7 @@ def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstrea
     weight_gradient = hidden_gradient = bias_gradient = None
     if shape.weight_gradient:
         rows = _empty(problem, shape.tokens, shape.hidden, dtype=shape.compute_dtype)
-        cleared_rows(problem, slice(0, shape.tokens), rows, upstream)
+        scale_rows(problem.hidden, problem.counted, upstream, rows)
         result = problem.main_grad
         if result is None:
             weight_gradient = result = _empty(problem, shape.vocabulary, shape.hidden, dtype=shape.weight_dtype)
@@ -75,7 +75,7 @@ def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstrea
         _, weight = _operands(problem)
         hidden_gradient = _empty(problem, shape.tokens, shape.hidden, dtype=shape.hidden_dtype)
         multiply(gradient, weight, hidden_gradient, add=False, scale=scale)
-        hidden_gradient.mul_(upstream)
+        scale_rows(hidden_gradient, None, upstream, hidden_gradient)
     if shape.bias_gradient:
         bias_gradient = torch.zeros(shape.vocabulary, device=gradient.device)
         sum_columns(gradient, bias_gradient)
@@ -91,7 +91,9 @@ def forward_with_gradients(
     statistics, scale = new_statistics(problem), problem.head.logit_scale
     at_a_time = min(schedule.rows, shape.tokens)
     buffer = _empty(problem, at_a_time, padded(shape.vocabulary), dtype=shape.compute_dtype)
-    cleared = None if problem.counted is None else _empty(problem, at_a_time, shape.hidden, dtype=shape.compute_dtype)
+    counted, cleared = problem.counted, None
+    if counted is not None:
+        cleared = _empty(problem, at_a_time, shape.hidden, dtype=shape.compute_dtype)
     hidden_gradient = weight_gradient = bias_gradient = None
     if shape.hidden_gradient:
         hidden_gradient = _empty(problem, shape.tokens, shape.hidden)
@@ -109,8 +111,8 @@ def forward_with_gradients(
             multiply(gradient, weight, hidden_gradient[rows], add=False, scale=scale)
         if weight_gradient is not None:
             here = hidden[rows]
-            if cleared is not None:
-                here = cleared_rows(problem, rows, cleared[: here.shape[0]], None)
+            if counted is not None and cleared is not None:
+                here = scale_rows(problem.hidden[rows], counted[rows], None, cleared[: here.shape[0]])
             multiply(gradient.T, here, weight_gradient, add=rows.start > 0, scale=scale)
         if bias_gradient is not None:
             sum_columns(gradient, bias_gradient)

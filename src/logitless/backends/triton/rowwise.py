@@ -33,32 +33,59 @@ WARPS = 32
 
 @triton.jit
 def row_logits(
-    place, first, bias, vocabulary, scale, softcap, BLOCK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr
+    place,
+    first,
+    bias,
+    vocabulary,
+    scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """[1, BLOCK] logits of a row from column ``first`` on, in units of log 2; -inf beyond the vocabulary."""
+    """[1, BLOCK] logits of a row from column ``first`` on, in units of log 2; -inf beyond the vocabulary.
+
+    With KEEP the cache is asked to keep what is read for the next reading, else to let it go.
+    """
     columns = first + tl.arange(0, BLOCK)[None, :]
-    products = tl.load(place + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
+    if KEEP:
+        read = tl.load(place + columns, mask=columns < vocabulary, other=0.0, eviction_policy="evict_last")
+    else:
+        read = tl.load(place + columns, mask=columns < vocabulary, other=0.0, eviction_policy="evict_first")
+    products = read.to(tl.float32)
     y = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
     return mask_columns(y, first, vocabulary, -float("inf"))
 
 
 @triton.jit
-def row_log_sum(place, bias, vocabulary, scale, softcap, BLOCK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr):
+def row_log_sum(
+    place,
+    bias,
+    vocabulary,
+    scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+):
     """log2 of the sum of 2^y over a row: as a plain sum, and against the maximum where that is out of range."""
     sums = tl.zeros((1, BLOCK), tl.float32)
     for first in range(0, vocabulary, BLOCK):
-        sums += tl.exp2(row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP))
+        sums += tl.exp2(row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True))
     total = tl.sum(sums)
     result = tl.log2(total)
     if not ((total > LEAST_PLAIN_SUM) & (total < LARGEST_PLAIN_SUM)):
         peaks = tl.full((1, BLOCK), -float("inf"), tl.float32)
         for first in range(0, vocabulary, BLOCK):
-            peaks = tl.maximum(peaks, row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP))
+            peaks = tl.maximum(
+                peaks, row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True)
+            )
         peak = tl.max(peaks)
         peak = tl.where(peak == -float("inf"), 0.0, peak)
         sums = tl.zeros((1, BLOCK), tl.float32)
         for first in range(0, vocabulary, BLOCK):
-            sums += tl.exp2(row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP) - peak)
+            sums += tl.exp2(row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True) - peak)
         result = peak + tl.log2(tl.sum(sums))
     return result
 
@@ -80,7 +107,7 @@ def row_smooth_sum(
     """Sum of a row's logits weighted by the smoothing."""
     sums = tl.zeros((1, BLOCK), tl.float32)
     for first in range(0, vocabulary, BLOCK):
-        y = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP)
+        y = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True)
         y = mask_columns(y, first, vocabulary, 0.0)
         if VECTOR:
             columns = first + tl.arange(0, BLOCK)[None, :]
@@ -122,8 +149,8 @@ def row_kernel(
 ):
     """Statistics of each row, and ``dz = p (a + slope lse) - c [v = target] - d s`` by the cap's derivative, in place.
 
-    Rows that do not count get zeros. Grid: ``programs`` programs, each every ``programs``-th row, so that the rows at
-    work fit in L2. Precision: fp32 but for what is read and written. Deterministic.
+    Rows that do not count get zeros. Grid: ``programs`` programs, one a processor, each every ``programs``-th row, so
+    that what is at work nearly fits in L2. Precision: fp32 but for what is read and written. Deterministic.
     """
     for row in range(tl.program_id(0), rows, programs):
         place = products + row * stride.to(tl.int64)
@@ -134,7 +161,7 @@ def row_kernel(
         if counts:
             lse = row_log_sum(place, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP)
             t = tl.load(target + here).to(tl.int32)
-            at_target = row_logits(place, t, bias, vocabulary, scale, softcap, 1, BIAS, SOFTCAP)
+            at_target = row_logits(place, t, bias, vocabulary, scale, softcap, 1, BIAS, SOFTCAP, True)
             tl.store(logsumexp + here, lse * LN2)
             tl.store(target_logit + here + tl.zeros((1, 1), tl.int32), at_target * LN2)
             factor = tl.load(a + here)
@@ -157,8 +184,10 @@ def row_kernel(
             if SOFTCAP:
                 entry *= cap_derivative(at_target, softcap)
             tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
-            for first in range(0, vocabulary, BLOCK):
-                y = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP)
+            last = (vocabulary - 1) // BLOCK * BLOCK
+            for step in range(0, vocabulary, BLOCK):
+                first = last - step  # backwards: what was read last is still in L2
+                y = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP, False)
                 dz = softmax_gradient(
                     tl.exp2(y - lse),
                     y,
@@ -233,7 +262,7 @@ def gradient_in_place(
         return
     vector = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
     absent = ahead.a
-    programs = min(rows, tiles.row_programs(vocabulary * products.element_size(), products.device))
+    programs = min(rows, tiles.processors(tiles.device_index(products.device)))
     row_kernel[(programs,)](
         products,
         absent if problem.counted is None else problem.counted,
@@ -269,15 +298,14 @@ def gradient_in_place(
 ROWS, COLUMNS = 8, 1024
 
 
-def cleared_rows(
-    problem: Problem,
-    rows: slice,
-    result: torch.Tensor,  # [R, D]
+def scale_rows(
+    source: torch.Tensor,  # [R, D]
+    counted: torch.Tensor | None,  # [R] bool
     factor: torch.Tensor | None,  # []
+    result: torch.Tensor,  # [R, D]
 ) -> torch.Tensor:
-    """Rows of the hidden states times a factor, zero where they do not count, in ``result`` and its dtype."""
-    source, (count, columns) = problem.hidden[rows], result.shape
-    mask = None if problem.counted is None else problem.counted[rows]
+    """Rows times a factor, zero where they do not count, in ``result``, which may be the source, and its dtype."""
+    (count, columns), mask = result.shape, counted
     if count:
         scale_rows_kernel[(ceil_div(count, ROWS), ceil_div(columns, COLUMNS))](
             source,

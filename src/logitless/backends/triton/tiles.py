@@ -95,20 +95,6 @@ def processors(index: int | None) -> int:
     return INTERPRETER_PROGRAMS if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
-# Share of L2 that the rows at work in a row-wise kernel may fill; each is read twice and written once.
-ROWS_IN_L2 = 0.8
-
-
-@functools.lru_cache
-def row_programs(row_bytes: int, device: torch.device) -> int:
-    """Programs of a row-wise kernel: one a processor, fewer where their rows would not fit in L2, but at least half."""
-    index = device_index(device)
-    if index is None:
-        return INTERPRETER_PROGRAMS
-    fitting = int(ROWS_IN_L2 * torch.cuda.get_device_properties(index).L2_cache_size / row_bytes)
-    return min(processors(index), max(processors(index) // 2, fitting))
-
-
 @functools.lru_cache
 def _tuned() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     path = os.environ.get(TUNED_FILE)

@@ -49,7 +49,7 @@ def window_gradient_kernel(
     row_tiles = tl.cdiv(rows_here, BM)
     column_tiles = tl.cdiv(end_column - first_column, BN)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=True):  # pyright: ignore
-        row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
+        row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)  # pyright: ignore
         row, column = row_tile * BM, first_column + column_tile * BN
         products = tl.zeros((BM, BN), tl.float32)
         for k in range(0, hidden_size, BK):

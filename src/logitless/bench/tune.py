@@ -1,0 +1,138 @@
+"""``logitless tune``: time candidate tiles of the kernels on this GPU, and write the fastest as a table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from logitless.bench.clock import seconds
+from logitless.demo.errors import InputError
+from logitless.functional import linear_cross_entropy
+from logitless.schedules import force_strategy
+
+GROUPS = (8, 16, 32, 64)
+STAGES = (2, 3, 4)
+ROWS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is timed: N tokens, D hidden, V vocabulary, and the dtype."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    dtype: torch.dtype
+
+
+def tune(problem: Problem, rounds: int, output: Path, console: Console) -> int:
+    """Time every candidate of every kernel in turn, print a table of each, write the fastest; the exit code.
+
+    Candidates keep the built-in tile's columns, which all kernels of a generation share. One that does not fit the
+    device is left out with its reason.
+
+    Raises:
+        InputError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise InputError("tuning needs a CUDA device, and PyTorch sees none")
+    from logitless.backends.triton import tiles
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    generation, itemsize = tiles.generation(device.index), problem.dtype.itemsize
+    chosen: dict[str, dict[str, int]] = {}
+    for kind, run in _kernels(problem, device).items():
+        built_in = tiles.TILES[generation][itemsize][kind]
+        candidates = [built_in]
+        for rows in ROWS:
+            for group in GROUPS:
+                for stages in STAGES:
+                    candidate = replace(
+                        built_in, rows=rows, group=group, stages=stages, warps=built_in.warps * rows // 128
+                    )
+                    if candidate not in candidates and candidate.warps >= 4:
+                        candidates.append(candidate)
+        times = _timed(kind, candidates, run, rounds, device, console)
+        best = min(times, key=lambda tile: statistics.median(times[tile]))
+        table = Table("tile", "median ms", "of built-in", title=f"{kind} on {torch.cuda.get_device_name(device)}")
+        for tile in sorted(times, key=lambda tile: statistics.median(times[tile]))[:8]:
+            ratio = statistics.median(a / b for a, b in zip(times[tile], times[built_in], strict=True))
+            values = " ".join(f"{name}={value}" for name, value in asdict(tile).items())
+            table.add_row(values, f"{statistics.median(times[tile]) * 1e3:.3f}", f"{ratio:.3f}")
+        console.print(table)
+        chosen[kind] = asdict(best)
+    written = json.loads(output.read_text()) if output.exists() else {}
+    written.setdefault(generation, {})[str(itemsize)] = chosen
+    output.write_text(json.dumps(written, indent=2) + "\n")
+    console.print(f"wrote {output}; to use it: export {tiles.TUNED_FILE}={output.resolve()}")
+    return 0
+
+
+def _kernels(problem: Problem, device: torch.device) -> dict[Any, Callable[[], Any]]:
+    """A call whose time is that of each kernel, and whatever does not depend on its tile."""
+    hidden = torch.randn(problem.tokens, problem.hidden, device=device).to(problem.dtype).requires_grad_()
+    weight = torch.randn(problem.vocabulary, problem.hidden, device=device).mul_(problem.hidden**-0.5).to(problem.dtype)
+    target = torch.randint(problem.vocabulary, (problem.tokens,), device=device)
+
+    def scan() -> Any:
+        with torch.no_grad():
+            return linear_cross_entropy(hidden, weight, target, backend="triton")
+
+    def store() -> Any:
+        with force_strategy("stored"):
+            return linear_cross_entropy(hidden, weight, target, backend="triton")
+
+    def window() -> Any:
+        with force_strategy("windowed", window=8192, lodged=0):
+            return torch.autograd.grad(linear_cross_entropy(hidden, weight, target, backend="triton"), hidden)
+
+    return {"scan": scan, "store": store, "window": window}
+
+
+def _timed(
+    kind: Any, candidates: list[Any], run: Callable[[], Any], rounds: int, device: torch.device, console: Console
+) -> dict[Any, list[float]]:
+    """Seconds of each candidate that runs, by round; the built-in tile comes first."""
+    times: dict[Any, list[float]] = {}
+    with console.status(f"{kind}: compiling") as status:
+        for number, tile in enumerate(candidates):
+            status.update(f"{kind}: compiling {number + 1} of {len(candidates)}")
+            try:
+                with _instead(kind, tile, device):
+                    run()
+                    torch.cuda.synchronize(device)
+                times[tile] = []
+            except Exception as error:
+                console.print(f"{kind}: {tile} left out: {str(error).splitlines()[0][:100]}")
+        for number in range(rounds):
+            status.update(f"{kind}: round {number + 1} of {rounds}")
+            for tile, measured in times.items():
+                with _instead(kind, tile, device):
+                    measured.append(seconds(run, device))
+    return times
+
+
+@contextmanager
+def _instead(kind: Any, tile: Any, device: torch.device) -> Iterator[None]:
+    """Within this context, that kernel's tile is another."""
+    from logitless.backends.triton import tiles
+
+    built_in = tiles.tile
+
+    def other(asked: Any, itemsize: int, index: int | None) -> Any:
+        return tile if asked == kind and index == device.index else built_in(asked, itemsize, index)
+
+    tiles.tile = other
+    try:
+        yield
+    finally:
+        tiles.tile = built_in
