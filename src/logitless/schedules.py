@@ -29,6 +29,7 @@ WINDOW_OVERHEAD = 128
 # Sizes that the cheapest schedule is sought among. On a GPU a product of fewer rows than a few thousand loses speed to
 # the traffic of the weight and its gradient.
 COSTED_ROWS = (32768, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 512, 256, 128, 64, 32, 16)
+COSTED_CHUNKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 COSTED_WINDOWS = (32768, 16384, 8192, 4096, 2048, 1024, 512, 256, 128)
 # Of schedules whose cost is within this of the least, the one that holds the least is taken.
 SAME_COST = 1.01
@@ -132,10 +133,9 @@ class Search:
             yield self._prepared()
         yield Schedule("stored", tokens, vocabulary, kept_windows=1, backward_window=windows[0])
         if self.scalar and not shape.main_grad:
-            for rows in _up_to(COSTED_ROWS, tokens):
-                even = math.ceil(tokens / math.ceil(tokens / rows))  # chunks of equal size
+            for chunks in _up_to(COSTED_CHUNKS, tokens):
                 for window in (windows[-1], windows[0]):  # of a second backward pass
-                    yield Schedule("chunked", even, vocabulary, backward_window=window)
+                    yield Schedule("chunked", math.ceil(tokens / chunks), vocabulary, backward_window=window)
         for window in windows:
             plain = Schedule("windowed", tokens, window, backward_window=window)
             most = self._lodge_windows(plain).lodged_windows
