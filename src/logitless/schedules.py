@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from logitless.backends.contract import BackendModule, Schedule, Shape, Strategy, lodging_spacing
 from logitless.options import BLOCK
 from logitless.sampling import block_count
@@ -129,10 +131,10 @@ class Search:
             return
         narrower = [window for window in COSTED_WINDOWS if window % multiple == 0 and window < vocabulary]
         windows = narrower or [vocabulary]
-        if self.scalar and not shape.statistics - {"smooth_logit"}:
+        if self._may_be_ahead:
             yield self._prepared()
         yield Schedule("stored", tokens, vocabulary, kept_windows=1, backward_window=windows[0])
-        if self.scalar and not shape.main_grad:
+        if self._may_be_ahead and not shape.main_grad:
             for chunks in _up_to(COSTED_CHUNKS, tokens):
                 for window in (windows[-1], windows[0]):  # of a second backward pass
                     yield Schedule("chunked", math.ceil(tokens / chunks), vocabulary, backward_window=window)
@@ -141,6 +143,15 @@ class Search:
             most = self._lodge_windows(plain).lodged_windows
             for lodged in {0, *(2**power for power in range(8) if 2**power < most), most}:
                 yield replace(plain, lodged_windows=lodged)
+
+    @property
+    def _may_be_ahead(self) -> bool:
+        """Whether the gradient of the logits may be formed before the upstream gradient is known.
+
+        Not in fp16, where what is not scaled by a loss scale yet would underflow.
+        """
+        half = torch.float16 in (self.shape.product_dtype, self.shape.compute_dtype if self._costed else None)
+        return self.scalar and not half
 
     def _prepared(self) -> Schedule:
         tokens, vocabulary = max(1, self.shape.tokens), self.shape.vocabulary
@@ -181,7 +192,7 @@ class Search:
         return Schedule("stored", max(1, self.shape.tokens), window, kept_windows=kept, backward_window=window)
 
     def _chunked(self, sizes: tuple[int, ...]) -> Iterator[Schedule]:
-        if not self.scalar or self.shape.main_grad:  # the gradient would need a tensor of its own until it is scaled
+        if not self._may_be_ahead or self.shape.main_grad:  # it would need a tensor of its own until it is scaled
             return
         tokens, vocabulary = max(1, self.shape.tokens), self.shape.vocabulary
         for size in sizes:
@@ -248,11 +259,14 @@ class Search:
         rows = min(forced.rows or tokens, tokens)
         narrow = min(math.ceil((forced.window or vocabulary) / multiple) * multiple, vocabulary)
         window = vocabulary if self._whole_rows else narrow
+        if (strategy == "chunked" or forced.prepared) and not self._may_be_ahead:
+            raise ValueError(
+                f"strategy {strategy!r}, which forms a gradient ahead of the upstream one, cannot serve this call: it "
+                f"needs a scalar reduction, and products that are not in fp16"
+            )
         if strategy == "stored":
             return self._prepared() if forced.prepared else self._stored(window)
         if strategy == "chunked":
-            if not self.scalar:
-                raise ValueError("strategy 'chunked' needs a scalar reduction, got per-token outputs")
             return Schedule("chunked", rows, vocabulary, backward_window=window)
         if strategy == "windowed":
             if self._whole_rows:

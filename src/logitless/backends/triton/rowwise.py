@@ -26,9 +26,11 @@ from logitless.backends.triton.primitives import (
 )
 from logitless.backends.triton.softmax_gradient import softmax_gradient
 
-# Elements that a program takes at a time, by 32 warps: 16 a thread, two reads of 16 bytes in flight in bf16.
-BLOCK = 16384
-WARPS = 32
+# Elements that a program takes at a time, at most and at least, and how many of them a thread has: two reads of 16
+# bytes in bf16. Fewer elements than threads read at once would lie in several warps, of which one may overwrite what
+# another has yet to read.
+BLOCK, LEAST_BLOCK = 16384, 512
+ELEMENTS = 16
 
 
 @triton.jit
@@ -262,6 +264,7 @@ def gradient_in_place(
         return
     vector = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
     absent = ahead.a
+    block = min(BLOCK, max(LEAST_BLOCK, triton.next_power_of_2(vocabulary)))
     programs = min(rows, tiles.processors(tiles.device_index(products.device)))
     row_kernel[(programs,)](
         products,
@@ -284,14 +287,14 @@ def gradient_in_place(
         problem.head.logit_scale,
         problem.head.softcap or 1.0,
         programs,
-        BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)),
+        BLOCK=block,
         MASKED=problem.counted is not None,
         BIAS=problem.bias is not None,
         SOFTCAP=problem.head.softcap is not None,
         SLOPE=ahead.slope is not None,
         SMOOTH=ahead.d is not None,
         VECTOR=vector is not None,
-        num_warps=WARPS,
+        num_warps=block // (32 * ELEMENTS),
     )
 
 
