@@ -39,7 +39,7 @@ from logitless.backends import triton as backend
 from logitless.backends.contract import AffineCoefficients, Coefficients, Gradients, Problem, Schedule, Statistics
 from logitless.backends.triton import rowwise
 from logitless.backends.triton.dense import new_statistics
-from logitless.backends.triton.launch import Launcher, Tables
+from logitless.backends.triton.launch import COMBINED_BLOCKS, Launcher, Tables
 from logitless.backends.triton.primitives import tanh
 from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows, scatter_rows
 from logitless.backends.triton.rowwise import gradient_in_place, scale_rows
@@ -292,6 +292,22 @@ def test_statistics_of_ragged_sizes(head, size):
     check_statistics(problem, scanned(problem)[2])
 
 
+@pytest.mark.parametrize("head", [HEADS[4], Head("ties", coarse=True)], ids=str)
+def test_statistics_of_many_tiles(head):
+    """More tiles than the table is read at a time; of equal largest logits far apart the first is predicted."""
+    block = Launcher(head.problem(1, 8, 1)).block
+    problem = head.problem(13, 8, block * (COMBINED_BLOCKS + 1) + 100)
+    weight = problem.weight.clone()
+    weight[[-1, 3]] = weight[-block] = weight.abs().amax() * 2
+    hidden = problem.hidden.clone()
+    hidden[::2] = hidden[::2].abs()
+    problem = replace(problem, hidden=hidden, weight=weight)
+    statistics = scanned(problem)[2]
+    check_statistics(problem, statistics)
+    if head.coarse:
+        assert (statistics.prediction[::2] == 3).all()
+
+
 def test_statistics_of_no_rows():
     problem = HEADS[4].problem(0, 24, 300)
     statistics = scanned(problem)[2]
@@ -474,6 +490,8 @@ def softmax_in_tiles(launcher: Launcher, problem: Problem) -> tuple[Tensor, Tens
 @each_gradient_case
 def test_gradient_from_kept_softmax(head, given):
     """In place, or beside the softmax, with the same bits."""
+    if head.dtype == torch.float16 and head.softcap and "d" in given:
+        pytest.skip("in fp16 nothing is kept of capped logits whose labels are smoothed")
     problem = head.problem(TOKENS, 24, VOCABULARY)
     launcher, counts = Launcher(problem), counting(problem)
     coefficients = random_coefficients(TOKENS, **COEFFICIENTS[given])
@@ -754,11 +772,10 @@ def test_rows_that_do_not_count(schedule, counted, dtype):
 
 
 @pytest.mark.parametrize("schedule", ["prepared", "chunked"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("upstream", [0.3, 2.0**16])
-def test_upstream_gradient_of_a_scalar_output(schedule, dtype, upstream):
-    """Also one as large as a scaler of fp16 gradients starts with: a gradient scaled afterwards would have vanished."""
-    problem = Head("mean", dtype, bias=True).problem(TOKENS, 40, VOCABULARY, schedule_statistics(schedule))
+def test_upstream_gradient_of_a_scalar_output(schedule, upstream):
+    """Not in fp16, where no gradient is formed before the upstream one, a loss scale maybe, is known."""
+    problem = Head("mean", bias=True).problem(TOKENS, 40, VOCABULARY, schedule_statistics(schedule))
     mean = {name: None if c is None else c / 2**13 for name, c in vars(schedule_coefficients(schedule)).items()}
     coefficients = Coefficients(**mean)
     _, gradients = evaluated(problem, schedule, coefficients, upstream)

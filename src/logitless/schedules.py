@@ -133,7 +133,8 @@ class Search:
         windows = narrower or [vocabulary]
         if self._may_be_ahead:
             yield self._prepared()
-        yield Schedule("stored", tokens, vocabulary, kept_windows=1, backward_window=windows[0])
+        if self._may_keep:
+            yield Schedule("stored", tokens, vocabulary, kept_windows=1, backward_window=windows[0])
         if self._may_be_ahead and not shape.main_grad:
             for chunks in _up_to(COSTED_CHUNKS, tokens):
                 for window in (windows[-1], windows[0]):  # of a second backward pass
@@ -152,6 +153,17 @@ class Search:
         """
         half = torch.float16 in (self.shape.product_dtype, self.shape.compute_dtype if self._costed else None)
         return self.scalar and not half
+
+    @property
+    def _may_keep(self) -> bool:
+        """Whether what is kept of a window says all that its gradient needs.
+
+        A backend that keeps probabilities takes a capped logit from its probability's logarithm, for the part of label
+        smoothing that the cap leaves; in fp16 too many probabilities are zero.
+        """
+        shape = self.shape
+        smoothed = shape.softcapped and "smooth_logit" in shape.statistics
+        return not (self._costed and smoothed and shape.compute_dtype == torch.float16)
 
     def _prepared(self) -> Schedule:
         tokens, vocabulary = max(1, self.shape.tokens), self.shape.vocabulary
@@ -229,6 +241,8 @@ class Search:
         item, weight_item = shape.product_dtype.itemsize, shape.weight_dtype.itemsize
         if not shape.weight_gradient or shape.main_grad or shape.functional or item > weight_item:
             return schedule
+        if not self._may_keep:
+            return schedule
         window = schedule.window
         elements = max(0, shape.vocabulary - window) * shape.hidden * weight_item // item
         spacing, tile = lodging_spacing(shape, window), window * shape.tokens
@@ -236,6 +250,8 @@ class Search:
         return replace(schedule, lodged_windows=min(lodged, shape.vocabulary // window))
 
     def _keep_windows(self, schedule: Schedule, fits: Fits) -> Schedule:
+        if not self._may_keep:
+            return schedule
         windows = math.ceil(self.shape.vocabulary / schedule.window)
         options = (replace(schedule, kept_windows=count) for count in range(windows - schedule.lodged_windows, 0, -1))
         return next((option for option in options if fits(option)), schedule)
@@ -263,6 +279,13 @@ class Search:
             raise ValueError(
                 f"strategy {strategy!r}, which forms a gradient ahead of the upstream one, cannot serve this call: it "
                 f"needs a scalar reduction, and products that are not in fp16"
+            )
+        if strategy == "chunked" and shape.main_grad:
+            raise ValueError(f"strategy {strategy!r} cannot serve this call: it needs a gradient besides main_grad")
+        if not self._may_keep and (strategy == "stored" or forced.kept):
+            raise ValueError(
+                f"strategy {strategy!r} cannot serve this call: in fp16 what it keeps is too coarse for label smoothing "
+                f"of capped logits"
             )
         if strategy == "stored":
             return self._prepared() if forced.prepared else self._stored(window)

@@ -53,7 +53,7 @@ class Launcher:
         self._smoothing = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
         self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
         self._head: dict[str, Any] = {"BIAS": problem.bias is not None, "SOFTCAP": problem.head.softcap is not None}
-        self._precision = "tf32" if self.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        self._precision = fp32_precision()
 
     def tile(self, kind: tiles.Kind) -> tiles.Tile:
         """The tile of a kernel on this device."""
@@ -342,6 +342,14 @@ COMBINED_ROWS, COMBINED_BLOCKS = 16, 64
 GRADIENT_ROWS = 32
 CLEARED_ROWS = 32
 TARGET_ROWS = 128
+
+
+def fp32_precision() -> str:
+    """How products take fp32 operands, as the library's do; asked so that either of PyTorch's settings is heard."""
+    precision = torch.backends.cuda.matmul.fp32_precision
+    if precision == "none":
+        precision = torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 def readable(matrix: torch.Tensor) -> torch.Tensor:
