@@ -284,8 +284,8 @@ class Search:
             raise ValueError(f"strategy {strategy!r} cannot serve this call: it needs a gradient besides main_grad")
         if not self._may_keep and (strategy == "stored" or forced.kept):
             raise ValueError(
-                f"strategy {strategy!r} cannot serve this call: in fp16 what it keeps is too coarse for label smoothing "
-                f"of capped logits"
+                f"strategy {strategy!r} cannot serve this call: what it keeps in fp16 is too coarse for label "
+                f"smoothing of capped logits"
             )
         if strategy == "stored":
             return self._prepared() if forced.prepared else self._stored(window)
