@@ -39,9 +39,9 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
 
 
 def _hidden_copies(shape: Shape) -> int:
-    """Packed rows, their copy in the product dtype, and the gradient of packed rows."""
+    """Packed rows, their copy in the product dtype, and the gradient of packed rows; cleared rows on an accelerator."""
     elements = shape.tokens * shape.hidden
-    total = 0
+    total = 0 if shape.device_type == "cpu" else elements * shape.hidden_dtype.itemsize
     if shape.compacted:
         total += elements * shape.hidden_dtype.itemsize * (2 if shape.hidden_gradient else 1)
     if shape.product_dtype != shape.hidden_dtype:

@@ -142,17 +142,15 @@ class _Accumulators:
     def __init__(self, launcher: Launcher, weight: torch.Tensor | None, single: bool) -> None:
         """``weight``: where the weight's gradient goes if it has a place; ``single``: only one window will come."""
         problem, shape = launcher.problem, launcher.shape
-        self._launcher, self._scale, self._single = launcher, problem.head.logit_scale, single
-        self._started = False
+        self._launcher, self._scale, self._started = launcher, problem.head.logit_scale, False
         hidden_dtype = shape.compute_dtype if single and shape.hidden_dtype == shape.compute_dtype else torch.float32
         self.hidden = launcher.empty(shape.tokens, shape.hidden, dtype=hidden_dtype) if shape.hidden_gradient else None
         self.weight = weight
         self._add_weight = problem.main_grad is not None
         if shape.weight_gradient and self.weight is None:
-            size = (shape.vocabulary, shape.hidden)
             self.weight = problem.main_grad
-            if self.weight is None:
-                self.weight = launcher.empty(*size, dtype=shape.weight_dtype)
+        if shape.weight_gradient and self.weight is None:
+            self.weight = launcher.empty(shape.vocabulary, shape.hidden, dtype=shape.weight_dtype)
         self.bias = torch.zeros(shape.vocabulary, device=launcher.device) if shape.bias_gradient else None
 
     def add(self, hidden: torch.Tensor, gradient: torch.Tensor, columns: slice) -> None:

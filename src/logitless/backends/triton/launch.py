@@ -48,7 +48,6 @@ class Launcher:
         self._index = tiles.device_index(self.device)
         self.rows = order_rows(problem.target, problem.counted) if rows is None else rows
         self.weight = readable(problem.weight.to(self.dtype))
-        self._hidden: torch.Tensor | None = None
         self._bias = None if problem.bias is None else problem.bias.contiguous()
         self._smoothing = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
         self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
