@@ -292,8 +292,10 @@ def _inverse_normalizer(normalizer: Normalizer, counted: torch.Tensor) -> torch.
     """One over what a mean divides by; 0 where that is 0. 0-d, in the dtype of ``counted`` [N]."""
     if normalizer is None:
         total = counted.sum()
-    else:
-        total = torch.as_tensor(normalizer, dtype=counted.dtype, device=counted.device)
+    elif isinstance(normalizer, torch.Tensor):
+        total = normalizer.to(counted)
+    else:  # written on the device: a copy from the host would wait
+        total = torch.full((), normalizer, dtype=counted.dtype, device=counted.device)
     return torch.where(total == 0, 0, 1 / total)
 
 

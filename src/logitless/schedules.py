@@ -34,7 +34,7 @@ COSTED_ROWS = (32768, 16384, 12288, 8192, 6144, 4096, 3072, 2048, 1024, 512, 256
 COSTED_CHUNKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 COSTED_WINDOWS = (32768, 16384, 8192, 4096, 2048, 1024, 512, 256, 128)
 # Of schedules whose cost is within this of the least, the one that holds the least is taken.
-SAME_COST = 1.01
+SAME_COST = 1.005
 
 STRATEGIES: dict[Strategy, str] = {
     "loss_only": "no gradient is wanted",

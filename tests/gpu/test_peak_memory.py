@@ -20,14 +20,17 @@ LOOSE = 0.05
 
 
 def peak_bytes(call) -> int:
-    """Most bytes a call holds above what is held before; it has run before, so that lasting buffers exist."""
+    """Most bytes a call asks for above what is held before; it has run before, so that lasting buffers exist.
+
+    What the allocator gives may be more: it leaves up to 1 MiB unused in each large block, as its history has it.
+    """
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     result = call()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     del result
     return peak
 
@@ -90,7 +93,7 @@ def plans(monkeypatch) -> list[planning.Plan]:
 
 def check_peak(measured: int, plan: planning.Plan) -> None:
     share = f"measured {measured / MEBIBYTE:.1f} MiB of {plan.peak / MEBIBYTE:.1f} MiB planned: {plan}"
-    assert plan.peak >= 200 * MEBIBYTE, f"too small to tell: {share}"
+    assert plan.peak >= 128 * MEBIBYTE, f"too small to tell: {share}"
     assert measured <= plan.peak, share
     assert measured >= (1 - LOOSE) * plan.peak, share
 
@@ -195,7 +198,7 @@ def test_peak_of_statistics(strategy, plans):
 
 @pytest.mark.parametrize("outputs", [None, TOKEN_OUTPUTS], ids=["loss", "statistics"])
 def test_peak_without_gradients(outputs, plans):
-    inputs = make_inputs(65_536, 2048, 32_768)
+    inputs = make_inputs(131_072, 2048, 32_768)
 
     @torch.no_grad()
     def call():

@@ -18,6 +18,7 @@ from logitless.backends.triton.primitives import (
     log_sum_exp,
     logits,
     mask_columns,
+    multiply_add,
     softmax_in_tile,
     tile_position,
 )
@@ -118,7 +119,7 @@ def scan_kernel(
         for k in range(0, hidden_size, BK):
             x = hidden.load([row, k])
             w = weight.load([column, k])
-            products = tl.dot(x, w.T, products, input_precision=PRECISION)
+            products = multiply_add(x, w, products, PRECISION)
 
         place = row + tl.arange(0, BM)
         valid = place < rows_here

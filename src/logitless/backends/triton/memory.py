@@ -61,6 +61,7 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
     width = min(schedule.backward_window, width)
     accumulator = _hidden_accumulator(shape, _pieces(shape, schedule) == 1)
     multiplying = _hidden(shape, shape.tokens) + shape.tokens * padded(width) * item
+    multiplying += _wide_product(shape, max(width, kept.stop - kept.start))
     backward = left + accumulator + max(0, multiplying - _hidden_gradient(shape))
     return fixed + max(forward, backward)
 
@@ -85,6 +86,12 @@ def _weight_gradient(shape: Shape) -> int:
 
 def _hidden_gradient(shape: Shape) -> int:
     return shape.tokens * shape.hidden * shape.hidden_dtype.itemsize if shape.hidden_gradient else 0
+
+
+def _wide_product(shape: Shape, columns: int) -> int:
+    """Rows of the weight's gradient in fp32, where the library cannot round its sums to the weight's dtype."""
+    narrower = _weight_gradient(shape) > 0 and shape.weight_dtype not in (shape.compute_dtype, torch.float32)
+    return 4 * columns * shape.hidden if narrower else 0
 
 
 def _hidden(shape: Shape, rows: int) -> int:
@@ -118,6 +125,7 @@ def _prepared(shape: Shape) -> int:
     """Logits; hidden states times the upstream gradient, gone before the hidden gradient comes."""
     left = shape.tokens * padded(shape.vocabulary) * shape.compute_dtype.itemsize
     rows = _hidden(shape, shape.tokens) if shape.weight_gradient else 0
+    rows += _wide_product(shape, shape.vocabulary)
     wide = 0
     if shape.hidden_gradient and shape.hidden_dtype not in (shape.compute_dtype, torch.float32):
         wide = 4 * shape.tokens * shape.hidden
@@ -134,10 +142,11 @@ def _chunked(shape: Shape, schedule: Schedule) -> int:
         hidden = 4 * shape.tokens * shape.hidden
     if shape.weight_gradient:
         weight = 4 * shape.vocabulary * shape.hidden
-    # In fp32 while chunks come, then rounded one after the other, the hidden states' first.
+    # In fp32 while chunks come; then rounded one after the other, the hidden states' first, unless fp32 is wanted.
     multiplying = total + hidden + weight - _hidden_gradient(shape) - _weight_gradient(shape)
-    rounding = hidden + weight - _weight_gradient(shape)
-    return max(multiplying, rounding, 4 * shape.vocabulary * shape.hidden if weight else 0)
+    in_place = torch.float32 if not shape.functional else None
+    rounding = weight - _weight_gradient(shape) + (0 if shape.hidden_dtype == in_place else hidden)
+    return max(multiplying, rounding, 0 if shape.weight_dtype == in_place else weight)
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from logitless.backends.triton.primitives import (
 )
 from logitless.backends.triton.softmax_gradient import softmax_gradient
 
-# Elements that a program takes at a time, at most and at least, and how many of them a thread has: two reads of 16
-# bytes in bf16. Fewer elements than threads read at once would lie in several warps, of which one may overwrite what
-# another has yet to read.
-BLOCK, LEAST_BLOCK = 16384, 512
-ELEMENTS = 16
+# Elements that a program takes at a time, at most and at least, and how many of them a thread has: four reads of 16
+# bytes in bf16, so that enough are on their way. Fewer elements than threads read at once would lie in several warps,
+# of which one may overwrite what another has yet to read.
+BLOCK, LEAST_BLOCK = 32768, 1024
+ELEMENTS = 32
 
 
 @triton.jit
@@ -44,20 +44,21 @@ def row_logits(
     BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
     CAP: tl.constexpr,
-    KEEP: tl.constexpr,
+    OVERHANG: tl.constexpr,
 ):
     """[1, BLOCK] logits of a row from column ``first`` on, in units of log 2; -inf beyond the vocabulary.
 
-    With KEEP the cache is asked to keep what is read for the next reading, else to let it go.
+    Without OVERHANG the block is known to lie within it: masks are a third of the instructions.
     """
     columns = first + tl.arange(0, BLOCK)[None, :]
-    if KEEP:
-        read = tl.load(place + columns, mask=columns < vocabulary, other=0.0, eviction_policy="evict_last")
+    if OVERHANG:
+        products = tl.load(place + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
+        y = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
+        y = mask_columns(y, first, vocabulary, -float("inf"))
     else:
-        read = tl.load(place + columns, mask=columns < vocabulary, other=0.0, eviction_policy="evict_first")
-    products = read.to(tl.float32)
-    y = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
-    return mask_columns(y, first, vocabulary, -float("inf"))
+        products = tl.load(place + columns).to(tl.float32)
+        y = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
+    return y
 
 
 @triton.jit
@@ -73,8 +74,11 @@ def row_log_sum(
 ):
     """log2 of the sum of 2^y over a row: as a plain sum, and against the maximum where that is out of range."""
     sums = tl.zeros((1, BLOCK), tl.float32)
-    for first in range(0, vocabulary, BLOCK):
-        sums += tl.exp2(row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True))
+    whole = vocabulary // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
+        sums += tl.exp2(row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, False))
+    if whole < vocabulary:
+        sums += tl.exp2(row_logits(place, whole, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True))
     total = tl.sum(sums)
     result = tl.log2(total)
     if not ((total > LEAST_PLAIN_SUM) & (total < LARGEST_PLAIN_SUM)):
@@ -117,6 +121,53 @@ def row_smooth_sum(
         else:
             sums += y * uniform
     return tl.sum(sums) * LN2
+
+
+@triton.jit
+def overwrite(
+    place,
+    first,
+    bias,
+    smoothing,
+    lse,
+    factor,
+    smooth,
+    uniform_smoothing,
+    vocabulary,
+    scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    OVERHANG: tl.constexpr,
+):
+    """The products of a block of columns become the gradient of their logits, without the one-hot."""
+    y = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, OVERHANG)
+    p = tl.exp2(y - lse)
+    dz = softmax_gradient(
+        p,
+        y,
+        factor,
+        factor,
+        smooth,
+        smoothing,
+        uniform_smoothing,
+        first,
+        vocabulary,
+        softcap,
+        False,
+        SMOOTH,
+        VECTOR,
+        CAP,
+    )
+    columns = first + tl.arange(0, BLOCK)[None, :]
+    # Streamed past the cache, which has more use for logits to be read again.
+    if OVERHANG:
+        tl.store(place + columns, dz.to(place.dtype.element_ty), mask=columns < vocabulary, cache_modifier=".cs")
+    else:
+        tl.store(place + columns, dz.to(place.dtype.element_ty), cache_modifier=".cs")
 
 
 @triton.jit
@@ -163,7 +214,7 @@ def row_kernel(
         if counts:
             lse = row_log_sum(place, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP)
             t = tl.load(target + here).to(tl.int32)
-            at_target = row_logits(place, t, bias, vocabulary, scale, softcap, 1, BIAS, SOFTCAP, True)
+            at_target = row_logits(place, t, bias, vocabulary, scale, softcap, 1, BIAS, SOFTCAP, False)
             tl.store(logsumexp + here, lse * LN2)
             tl.store(target_logit + here + tl.zeros((1, 1), tl.int32), at_target * LN2)
             factor = tl.load(a + here)
@@ -186,29 +237,50 @@ def row_kernel(
             if SOFTCAP:
                 entry *= cap_derivative(at_target, softcap)
             tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
-            last = (vocabulary - 1) // BLOCK * BLOCK
-            for step in range(0, vocabulary, BLOCK):
-                first = last - step  # backwards: what was read last is still in L2
-                y = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP, False)
-                dz = softmax_gradient(
-                    tl.exp2(y - lse),
-                    y,
-                    factor,
+            whole = vocabulary // BLOCK * BLOCK
+            if whole < vocabulary:
+                overwrite(
+                    place,
+                    whole,
+                    bias,
+                    smoothing,
+                    lse,
                     factor,
                     smooth,
-                    smoothing,
                     uniform_smoothing,
-                    first,
                     vocabulary,
+                    scale,
                     softcap,
-                    False,
+                    BLOCK,
+                    BIAS,
+                    SOFTCAP,
                     SMOOTH,
                     VECTOR,
-                    SOFTCAP,
+                    True,
                 )
-                columns = first + tl.arange(0, BLOCK)[None, :]
-                dz = tl.where(columns == t, entry, dz)
-                tl.store(place + columns, dz.to(products.dtype.element_ty), mask=columns < vocabulary)
+            for step in range(0, whole, BLOCK):
+                first = whole - BLOCK - step  # backwards: what was read last is still in L2
+                overwrite(
+                    place,
+                    first,
+                    bias,
+                    smoothing,
+                    lse,
+                    factor,
+                    smooth,
+                    uniform_smoothing,
+                    vocabulary,
+                    scale,
+                    softcap,
+                    BLOCK,
+                    BIAS,
+                    SOFTCAP,
+                    SMOOTH,
+                    VECTOR,
+                    False,
+                )
+            tl.debug_barrier()  # the target's entry comes last
+            tl.store(place + t + tl.zeros((1, 1), tl.int32), entry.to(products.dtype.element_ty))
         else:
             tl.store(logsumexp + here, 0.0)
             tl.store(target_logit + here, 0.0)

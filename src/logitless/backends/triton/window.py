@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from logitless.backends.triton.primitives import LOG2E, logits, tile_position
+from logitless.backends.triton.primitives import LOG2E, logits, multiply_add, tile_position
 from logitless.backends.triton.softmax_gradient import softmax_gradient
 
 
@@ -55,7 +55,7 @@ def window_gradient_kernel(
         for k in range(0, hidden_size, BK):
             x = hidden.load([row, k])
             w = weight.load([column, k])
-            products = tl.dot(x, w.T, products, input_precision=PRECISION)
+            products = multiply_add(x, w, products, PRECISION)
 
         rows = row + tl.arange(0, BM)
         valid = rows < rows_here
