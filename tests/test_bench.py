@@ -257,6 +257,16 @@ def test_process_that_dies_at_no_peers_work_ends_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny_cases")
+def test_workspace_of_the_callers(tmp_path):
+    """One more contender, which is told what it may hold."""
+    result = run._measure(config(tmp_path, workspace="1MiB"), "tiny", "float32", quietly)
+    assert result.measurements[-1].peer == "logitless 1MiB"
+    assert result.measurements[-1].error is None
+    refused = run._measure(config(tmp_path, workspace="1KiB"), "tiny", "float32", quietly)
+    assert "too small" in refused.measurements[-1].error
+
+
+@pytest.mark.usefixtures("tiny_cases")
 def test_table_fits_and_gives_reasons(tmp_path, monkeypatch):
     long = peer("a peer with a long name", failing_at(4))
     monkeypatch.setattr(run, "PEERS", {BASELINE: PEERS[BASELINE], long.name: long, "quack": PEERS["quack"]})
@@ -374,6 +384,7 @@ def test_unknown_case_and_peer(capsys):
     assert main(["bench", "--cases", "nonesuch"]) == 2
     assert "nonesuch" in capsys.readouterr().err
     assert main(["bench", "--peers", "nobody"]) == 2
+    assert main(["bench", "--workspace", "much"]) == 2
     assert "nobody" in capsys.readouterr().err
 
 

@@ -122,6 +122,7 @@ def _add_bench(subcommands: Subcommands) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--trained-head", type=Path, metavar="FILE", help="a trained model's hidden states and head")
+    parser.add_argument("--workspace", metavar="BYTES", help="also measure this library within these, such as 512MiB")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the results; a figure beside it")
     parser.set_defaults(run=_bench)
 
@@ -131,6 +132,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from logitless import validation
     from logitless.bench.cases import CASES
     from logitless.bench.peers import PEERS
     from logitless.bench.run import BenchConfig, run_bench
@@ -145,6 +147,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         unknown = [name for name in given if name not in known]
         if unknown:
             raise InputError(f"{flag} must be among {', '.join(map(repr, known))}, got {unknown[0]!r}")
+    try:
+        validation.check_workspace(arguments.workspace)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
     config = BenchConfig(
         cases=tuple(arguments.cases),
         dtypes=tuple(arguments.dtypes),
@@ -156,6 +162,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         trained_head=arguments.trained_head,
         output=arguments.output,
         bound=not arguments.no_bound,
+        workspace=arguments.workspace,
         slowest=arguments.slowest,
     )
     return run_bench(config, shlex.join(["logitless", *sys.argv[1:]]), Console())

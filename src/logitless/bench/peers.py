@@ -68,6 +68,16 @@ def exact_fastest(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tens
     return logitless.linear_cross_entropy(hidden, weight, target, workspace=logits * 11 // 10 + (256 << 20))
 
 
+def with_workspace(workspace: str) -> Peer:
+    """This library within the bytes that the caller allows, such as ``"512MiB"``."""
+    return Peer(
+        f"logitless {workspace}",
+        f"this library with workspace={workspace!r}",
+        lambda: functools.partial(logitless.linear_cross_entropy, workspace=workspace),
+        _nothing,
+    )
+
+
 def sampled(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """This library's sampled gradient at its default threshold."""
     return logitless.linear_cross_entropy(hidden, weight, target, gradient=logitless.Sampled())

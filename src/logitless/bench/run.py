@@ -16,7 +16,7 @@ from logitless.bench import environment, products
 from logitless.bench.cases import CASES, Case, make_inputs, redraw
 from logitless.bench.isolation import PeerLostError, Progress, call_isolated
 from logitless.bench.measure import CaseResult, Protocol, measure
-from logitless.bench.peers import BASELINE, PEERS, Peer
+from logitless.bench.peers import BASELINE, PEERS, Peer, with_workspace
 from logitless.bench.plot import draw
 from logitless.bench.table import print_case
 
@@ -41,6 +41,7 @@ class BenchConfig:
         trained_head: file of a trained head, for the cases that need one.
         output: the JSON file; a figure is drawn beside it.
         bound: whether to time the matrix products alone, which needs room for all logits.
+        workspace: bytes, such as ``"512MiB"``, for one more contender: this library within them.
         slowest: seconds of one forward and backward pass from which a peer is left out of the rounds; None for
             ``SLOWEST_ON_GPU`` there and no limit on a CPU.
     """
@@ -55,6 +56,7 @@ class BenchConfig:
     trained_head: Path | None
     output: Path | None
     bound: bool = True
+    workspace: str | None = None
     slowest: float | None = None
 
 
@@ -99,7 +101,8 @@ def _measure(config: BenchConfig, name: str, dtype: str, progress: Progress) -> 
         try:
             return call_isolated(measure_case, config, name, dtype, barred, progress=progress, patience=PATIENCE)
         except PeerLostError as lost:
-            if lost.peer in barred or lost.peer not in (*PEERS, products.NAME):
+            contenders = {*PEERS, *(peer.name for peer in _wanted(config)), products.NAME}
+            if lost.peer in barred or lost.peer not in contenders:
                 raise
             barred[lost.peer] = lost.reason
 
@@ -146,9 +149,15 @@ class _Report:
     results: list[tuple[Case, str, CaseResult]] = field(default_factory=list)
 
 
+def _wanted(config: BenchConfig) -> list[Peer]:
+    """Those asked for, the baseline first."""
+    wanted = [peer for name, peer in PEERS.items() if name in (BASELINE, *config.peers)]
+    return wanted if config.workspace is None else [*wanted, with_workspace(config.workspace)]
+
+
 def _choose_peers(config: BenchConfig, device: torch.device) -> tuple[list[Peer], dict[str, str]]:
     """Those to measure, the baseline first; and of those asked for that cannot run, why."""
-    wanted = [peer for name, peer in PEERS.items() if name in (BASELINE, *config.peers)]
+    wanted = _wanted(config)
     reasons = {peer.name: peer.lacks(device) for peer in wanted}
     lacking = {name: reason for name, reason in reasons.items() if reason is not None}
     return [peer for peer in wanted if peer.name not in lacking], lacking
