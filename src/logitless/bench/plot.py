@@ -31,7 +31,7 @@ MARKS = {
     "logitless exact fastest": ("#56b4e9", "o"),
     "logitless sampled": ("#d55e00", "o"),
 }
-OTHER = ("#24292f", ".")
+OTHER = ("#0072b2", "D")  # this library within a workspace of the caller's
 PANELS_IN_A_ROW = 2
 SHOWN_TICKS = (1, 2, 5)
 
