@@ -282,3 +282,16 @@ def test_policy_gradient_norm(implementation: Implementation):
     theirs = torch.autograd.grad(policy_loss(problem.call(plain.token_statistics)["nll"]), leaves)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
+@each_implementation
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.125])
+def test_vocabulary_of_one(implementation, label_smoothing):
+    """The loss and every gradient are zero, up to some ulps of the terms that cancel."""
+    problem = random_problem(9, 24, 1).to(torch.float32).with_options(reduction="sum", label_smoothing=label_smoothing)
+    problem = problem.with_options(linear_bias=torch.ones(1, requires_grad=True))
+    ours = loss_and_gradients(implementation.linear_cross_entropy, problem)
+    size = problem.input.detach().norm(dim=1).max() * problem.linear_weight.detach().norm()  # of a logit
+    sizes = {"loss": 1 + size, "input": size, "linear_weight": size, "linear_bias": 1}
+    for name, value in ours.items():
+        assert value.abs().max() <= 9 * 4 * torch.finfo(torch.float32).eps * (1 + size) * sizes[name], name

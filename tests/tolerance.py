@@ -115,7 +115,8 @@ def loss_baseline(problem: Problem, context: contextlib.AbstractContextManager |
     """The baseline of ``linear_cross_entropy``; ``context`` (autocast) surrounds plain PyTorch in its own dtype.
 
     The error of a reduced loss is taken as the sum of its tokens' absolute errors: where they cancel in plain PyTorch,
-    that is luck, and other roundings of the same size need not cancel.
+    that is luck, and other roundings of the same size need not cancel. Likewise four ulps of a sum are four ulps of its
+    terms: token weights of both signs make it smaller than these.
     """
     exact, accumulated = problem.to(torch.float64), problem.to(accumulation_dtype(problem))
     token_options = {k: v for k, v in problem.options.items() if k not in ("reduction", "normalizer")}
@@ -123,12 +124,14 @@ def loss_baseline(problem: Problem, context: contextlib.AbstractContextManager |
     with context or contextlib.nullcontext():
         own = loss_and_gradients(plain.linear_cross_entropy, problem)
         token_losses = tokens.call(plain.token_losses)
-    token_errors = token_losses.detach().double() - tokens.to(torch.float64).call(plain.token_losses).detach()
+    exact_tokens = tokens.to(torch.float64).call(plain.token_losses).detach()
+    ulps = 4 * torch.finfo(accumulation_dtype(problem)).eps * exact_tokens.abs()
+    token_errors = (token_losses.detach().double() - exact_tokens).abs() + ulps
     errors = {}
     if problem.options.get("reduction", "mean") != "none":
         names = ("weight", "reduction", "ignore_index", "normalizer")
         divisor = plain.denominator(problem.target, **{k: v for k, v in problem.options.items() if k in names})
-        errors["loss"] = token_errors.abs().sum().item() / divisor if divisor else 0.0
+        errors["loss"] = token_errors.sum().item() / divisor if divisor else 0.0
     return Baseline(
         exact=loss_and_gradients(plain.linear_cross_entropy, exact),
         plain=own,
