@@ -27,24 +27,38 @@ SIZES = {
     "STEP": 4096,
     "BLOCKS": 64,
     "STAGES": 3,
+    "TILE": 64,
+    "BD": 64,
+    "BP": 64,
+    "GROUPS": 16,
 }
 PRECISION = "ieee"
 DESCRIPTORS = {
     "scan_kernel": {"hidden": "[128,64]", "weight": "[256,64]", "softmax": "[1,128,256]"},
     "window_gradient_kernel": {"hidden": "[128,64]", "weight": "[256,64]", "gradient": "[128,256]"},
+    "pair_gradient_kernel": {"weight": "[256,64]"},
+    "pair_hidden_gradient_kernel": {"weight": "[256,64]"},
+    "pair_hidden_gradient_in_order_kernel": {"weight": "[256,64]"},
 }
 TENSORS = {
     "*i1": ("counted",),
-    "*i32": ("order", "count", "rank", "peak_index", "packed_target", "target"),
+    "*i8": ("own",),
+    "*i32": (
+        *("order", "count", "rank", "peak_index", "packed_target", "target"),
+        *("bits", "counts", "pairs", "starts", "tile_starts", "tile_blocks"),
+    ),
     "*i64": ("prediction",),
-    "*bf16": ("softmax", "gradient", "source", "result", "products"),
+    "*fp64": ("offsets",),
+    "*bf16": ("softmax", "gradient", "source", "result", "products", "hidden", "matrix"),
 }
 TYPES = {name: kind for kind, names in TENSORS.items() for name in names}
-WIDE_TARGETS = ("order_rows_kernel", "row_kernel")
-NUMBERS = ("uniform_smoothing", "scale", "softcap")
+WIDE_TARGETS = ("order_rows_kernel", "row_kernel", "pair_gradient_kernel")
+WIDE_RESULTS = ("pair_hidden_gradient_kernel", "pair_hidden_gradient_in_order_kernel")
+NUMBERS = ("uniform_smoothing", "uniform", "scale", "softcap", "inverse_threshold")
 INTEGERS = (
     *("rows", "rows_here", "first_row", "columns", "vocabulary", "first_column", "end_column", "window", "blocks"),
     *("hidden_size", "programs", "stride", "table_stride", "softmax_stride", "gradient_stride", "source_stride"),
+    *("hidden_stride", "result_stride", "result_step", "segment", "most", "tokens", "groups"),
 )
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -85,6 +99,8 @@ def variants(name: str, kernel: triton.JITFunction) -> Iterator[tuple[str, dict[
             types[argument] = TYPES.get(argument, "*fp32")
     if name in WIDE_TARGETS:
         types["target"] = "*i64"
+    if name in WIDE_RESULTS:
+        types["result"] = "*fp32"
     integers = [argument for argument, kind in types.items() if kind in ("i32", "fp32")]
     fixed = {argument: SIZES.get(argument, PRECISION) for argument in types if types[argument] == "constexpr"}
     settings = {"all on": dict.fromkeys(flags, True), "all off": dict.fromkeys(flags, False)}

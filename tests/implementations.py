@@ -111,13 +111,15 @@ TRITON_PREPARED = Implementation("triton-prepared", "triton", "stored", prepared
 TRITON_CHUNKED = Implementation("triton-chunked", "triton", "chunked", rows=5)
 TRITON_WINDOWED = Implementation("triton-windowed", "triton", "windowed", window=1)
 TRITON_KEPT = Implementation("triton-kept", "triton", "windowed", window=1, kept=1)
+TRITON_SAMPLED = Implementation("triton-sampled", "triton", "sampled", rows=32, sampled=True)
 TRITON_LOSS_ONLY = Implementation("triton-loss_only", "triton", "loss_only", rows=5)
 
 WITH_TRITON = importlib.util.find_spec("triton") is not None
 
 # All that give gradients.
 TORCH = (REFERENCE, REFERENCE_SAMPLED, STORED, CHUNKED, WINDOWED, SAMPLED)
-TRITON = (TRITON_STORED, TRITON_PREPARED, TRITON_CHUNKED, TRITON_WINDOWED, TRITON_KEPT) if WITH_TRITON else ()
+KERNELS = (TRITON_STORED, TRITON_PREPARED, TRITON_CHUNKED, TRITON_WINDOWED, TRITON_KEPT, TRITON_SAMPLED)
+TRITON = KERNELS if WITH_TRITON else ()
 IMPLEMENTATIONS = TORCH + TRITON
 ANY_UPSTREAM = tuple(implementation for implementation in IMPLEMENTATIONS if implementation.any_upstream)
 # All that serve where no gradient is wanted.

@@ -29,7 +29,12 @@ def block_count(vocabulary: int) -> int:
 
 def kept_pairs_bound(tokens: int, vocabulary: int, threshold: float) -> int:
     """Most (row, block) pairs that can be listed: a row's sample, and its target's block."""
-    return tokens * min(block_count(vocabulary), math.ceil(1 / threshold) + 2)
+    return tokens * min(block_count(vocabulary), most_sampled(vocabulary, threshold) + 1)
+
+
+def most_sampled(vocabulary: int, threshold: float) -> int:
+    """Most blocks that a row's sample can hold; one more than the masses' sum allows, for their rounding."""
+    return min(block_count(vocabulary), math.ceil(1 / threshold) + 1)
 
 
 def block_sums(values: torch.Tensor) -> torch.Tensor:
@@ -48,11 +53,15 @@ def mix_in_smoothing(
     vocabulary: int,
 ) -> torch.Tensor:
     """[R, B] masses of the mixture to sample from when logits are capped and labels smoothed."""
+    return masses * (1 - SMOOTHING_SHARE) + block_shares(smoothing, vocabulary, masses.device) * SMOOTHING_SHARE
+
+
+def block_shares(smoothing: torch.Tensor | float, vocabulary: int, device: torch.device) -> torch.Tensor:
+    """[B] float64 share of each block in the smoothing [V] or one number for all."""
     if not isinstance(smoothing, torch.Tensor):
-        smoothing = torch.full((vocabulary,), smoothing, device=masses.device)
+        smoothing = torch.full((vocabulary,), smoothing, device=device)
     share = block_sums(smoothing.abs().double())
-    share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-    return masses * (1 - SMOOTHING_SHARE) + share * SMOOTHING_SHARE
+    return share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
 
 
 def inclusion_weights(

@@ -129,6 +129,10 @@ class Search:
             for rows in _up_to(COSTED_ROWS, tokens):
                 yield Schedule("loss_only", rows, vocabulary)
             return
+        if shape.threshold is not None:
+            for rows in _up_to(COSTED_ROWS, tokens):
+                yield Schedule("sampled", rows, vocabulary)
+            return
         narrower = [window for window in COSTED_WINDOWS if window % multiple == 0 and window < vocabulary]
         windows = narrower or [vocabulary]
         if self._may_be_ahead:

@@ -14,7 +14,7 @@ from logitless.backends.contract import (
     Statistics,
     TensorForm,
 )
-from logitless.backends.triton import dense, prepared, tiles
+from logitless.backends.triton import dense, prepared, sampled, selection, tiles
 from logitless.backends.triton.memory import blocks
 from logitless.backends.triton.memory import cost as cost
 from logitless.backends.triton.memory import window_multiple as window_multiple
@@ -39,8 +39,6 @@ def unsupported(shape: Shape) -> str | None:
         return "Triton's interpreter misreads bf16 operands"
     if shape.hidden % HIDDEN_MULTIPLE:
         return f"the hidden size must be a multiple of {HIDDEN_MULTIPLE} for the tensor copy engine, got {shape.hidden}"
-    if shape.threshold is not None and shape.any_gradient:
-        return "it has no sampled gradient yet"
     return None
 
 
@@ -48,6 +46,8 @@ def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     """What ``forward`` leaves under a schedule."""
     if schedule.prepared:
         return prepared.residuals(shape)
+    if schedule.strategy == "sampled":
+        return selection.residuals(shape)
     return dense.residuals(shape, schedule, blocks(shape))
 
 
@@ -56,9 +56,13 @@ def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | No
     if schedule.prepared:
         assert ahead is not None
         return prepared.forward(problem, ahead)
+    if schedule.strategy == "sampled":
+        return sampled.forward(problem, schedule)
     return dense.forward(problem, schedule)
 
 
 def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients) -> Gradients:
     """Gradients from statistics and coefficients."""
+    if schedule.strategy == "sampled":
+        return sampled.backward(problem, statistics, coefficients)
     return dense.backward(problem, schedule, statistics, coefficients)

@@ -11,7 +11,8 @@ statistics and gradient are those of unrounded logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -27,7 +28,7 @@ from logitless.backends.contract import (
     ceil_div,
     lodging_spacing,
 )
-from logitless.backends.triton.launch import Launcher, table_rows
+from logitless.backends.triton.launch import Launcher, Tables, table_rows
 from logitless.backends.triton.products import multiply
 from logitless.backends.triton.rows import RowOrder, scatter_rows
 from logitless.backends.triton.softmax_gradient import sum_columns
@@ -99,12 +100,62 @@ def new_statistics(problem: Problem) -> Statistics:
     )
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """What a forward pass needs until it is over, for some rows at a time.
+
+    Attributes:
+        hidden: [R, D] gathered hidden states, in the compute dtype.
+        tables: of the rows' tiles.
+        target_logit: [N] in units of log 2, packed.
+        rank: [N] int32 logits above the target's, packed; None where not wanted.
+    """
+
+    hidden: torch.Tensor
+    tables: Tables
+    target_logit: torch.Tensor
+    rank: torch.Tensor | None
+
+    @classmethod
+    def of(cls, launcher: Launcher, rows: int) -> Scratch:
+        """For that many rows at a time."""
+        ranked = "target_rank" in launcher.shape.statistics
+        return cls(
+            hidden=launcher.hidden_buffer(rows),
+            tables=launcher.tables(rows),
+            target_logit=launcher.empty(launcher.shape.tokens),
+            rank=torch.zeros_like(launcher.rows.order) if ranked else None,
+        )
+
+
+def scan_rows(
+    launcher: Launcher,
+    rows: slice,
+    runs_of_columns: Sequence[tuple[slice, torch.Tensor | None]],
+    scratch: Scratch,
+    statistics: Statistics,
+) -> None:
+    """Fill the statistics of places in the packed order, run after run of columns, keeping some runs' softmax."""
+    hidden = launcher.gather(rows, scratch.hidden)
+    for columns, softmax in runs_of_columns:
+        launcher.scan(hidden, rows.start, columns, scratch.tables, scratch.target_logit, softmax)
+    launcher.combine(scratch.tables, scratch.target_logit, rows.start, rows.stop - rows.start, statistics)
+    if scratch.rank is not None:
+        everything = slice(0, launcher.shape.vocabulary)
+        launcher.scan(hidden, rows.start, everything, scratch.tables, scratch.target_logit, rank=scratch.rank)
+
+
+def write_ranks(launcher: Launcher, scratch: Scratch, statistics: Statistics) -> None:
+    """Ranks of all rows, at the caller's places."""
+    if scratch.rank is not None:
+        assert statistics.target_rank is not None
+        statistics.target_rank.index_copy_(0, launcher.rows.order.long(), scratch.rank.long())
+
+
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
     """Statistics of every row; the softmax of lodged and kept columns stays for the backward pass."""
     launcher, shape = Launcher(problem), problem.shape
     statistics = new_statistics(problem)
-    target_logit = launcher.empty(shape.tokens)
-    rank = None if statistics.target_rank is None else torch.zeros_like(launcher.rows.order)
     lodged, recomputed, kept = runs(shape, schedule)
     left: list[torch.Tensor] = []
     lodging = storage = None
@@ -115,24 +166,15 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         ]
         lodging = lodgings(left[0], problem, schedule) if lodged.stop else None
         storage = left[1][None, :, : kept.stop - kept.start]
-    at_a_time = min(schedule.rows, shape.tokens)
-    buffer, tables = launcher.hidden_buffer(at_a_time), launcher.tables(at_a_time)
+    scratch = Scratch.of(launcher, min(schedule.rows, shape.tokens))
     for rows in slices(0, shape.tokens, schedule.rows):
-        count = rows.stop - rows.start
-        hidden = launcher.gather(rows, buffer)
-        for columns, softmax in ((lodged, lodging), (recomputed, None), (kept, storage)):
-            launcher.scan(hidden, rows.start, columns, tables, target_logit, softmax)
-        launcher.combine(tables, target_logit, rows.start, count, statistics)
-        if rank is not None:
-            launcher.scan(hidden, rows.start, slice(0, shape.vocabulary), tables, target_logit, rank=rank)
-    if rank is not None:
-        assert statistics.target_rank is not None
-        statistics.target_rank.index_copy_(0, launcher.rows.order.long(), rank.long())
+        scan_rows(launcher, rows, ((lodged, lodging), (recomputed, None), (kept, storage)), scratch, statistics)
+    write_ranks(launcher, scratch, statistics)
     if schedule.strategy == "loss_only":
         return statistics
     order = launcher.rows
     keeps = lodged.stop > 0 or kept.stop > kept.start
-    table = tables.log_sum if keeps else launcher.empty(0)
+    table = scratch.tables.log_sum if keeps else launcher.empty(0)
     return statistics.leaving((*left, table, order.order, order.target, order.count))
 
 

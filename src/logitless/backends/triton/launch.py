@@ -28,7 +28,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Tables:
-    """Statistics of each tile of columns, for rows in packed order: [T, R] fp32, None where not wanted."""
+    """Statistics of each block of columns, for rows in packed order: [T, R] fp32, None where not wanted."""
 
     log_sum: torch.Tensor
     mean: torch.Tensor | None
@@ -40,8 +40,11 @@ class Tables:
 class Launcher:
     """The kernels, with what does not change between launches on one problem."""
 
-    def __init__(self, problem: Problem, rows: RowOrder | None = None) -> None:
-        """Orders the rows unless their order is given; converts the weight where the kernels cannot read it."""
+    def __init__(self, problem: Problem, rows: RowOrder | None = None, block: int | None = None) -> None:
+        """Orders the rows unless their order is given; converts the weight where the kernels cannot read it.
+
+        ``block``: columns of a block of the tables, if not those of a tile.
+        """
         self.problem, self.shape = problem, problem.shape
         self.device = problem.hidden.device
         self.dtype = self.shape.compute_dtype
@@ -53,15 +56,11 @@ class Launcher:
         self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
         self._head: dict[str, Any] = {"BIAS": problem.bias is not None, "SOFTCAP": problem.head.softcap is not None}
         self._precision = fp32_precision()
+        self.block = self.tile("scan").columns if block is None else block
 
     def tile(self, kind: tiles.Kind) -> tiles.Tile:
         """The tile of a kernel on this device."""
         return tiles.tile(kind, self.dtype.itemsize, self._index)
-
-    @property
-    def block(self) -> int:
-        """Columns of the table's tiles."""
-        return self.tile("scan").columns
 
     def empty(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """An unwritten tensor on the problem's device."""
@@ -110,7 +109,7 @@ class Launcher:
         absent = tables.log_sum
         scan_kernel[(programs,)](
             *operands,
-            operands[0] if softmax is None else _described(softmax, [1, tile.rows, tile.columns]),
+            operands[0] if softmax is None else described(softmax, [1, tile.rows, tile.columns]),
             _or(self._bias, absent),
             _or(self._smoothing, absent),
             self.rows.target,
@@ -259,7 +258,7 @@ class Launcher:
         )
         window_gradient_kernel[(programs,)](
             *self._operands(hidden, tile),
-            _described(gradient, [tile.rows, tile.columns]),
+            described(gradient, [tile.rows, tile.columns]),
             _or(self._bias, coefficients.a),
             _or(self._smoothing, coefficients.a),
             statistics.logsumexp,
@@ -329,7 +328,7 @@ class Launcher:
         }
 
     def _operands(self, hidden: torch.Tensor, tile: tiles.Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
-        return _described(hidden, [tile.rows, tile.depth]), _described(self.weight, [tile.columns, tile.depth])
+        return described(hidden, [tile.rows, tile.depth]), described(self.weight, [tile.columns, tile.depth])
 
 
 def table_rows(rows: int) -> int:
@@ -357,7 +356,7 @@ def readable(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 and aligned else matrix.clone(memory_format=torch.contiguous_format)
 
 
-def _described(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
+def described(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box)
 
 

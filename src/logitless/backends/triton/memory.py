@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from logitless.backends.contract import Schedule, Shape, ceil_div
-from logitless.backends.triton import tiles
+from logitless.backends.triton import sampled, selection, tiles
 from logitless.backends.triton.dense import padded, runs
 from logitless.backends.triton.launch import table_rows
+from logitless.options import BLOCK
+from logitless.sampling import block_count
 
 # Vectors of 4 bytes a row: order, target, statistics, coefficients and what forms them.
 VECTORS = 24
@@ -47,6 +49,8 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
         return fixed + _chunked(shape, schedule)
     if schedule.prepared:
         return fixed + _prepared(shape)
+    if schedule.strategy == "sampled":
+        return fixed + _sampled(shape, schedule)
     lodged, recomputed, kept = runs(shape, schedule)
     item = shape.compute_dtype.itemsize
     keeps = lodged.stop > 0 or kept.stop > kept.start
@@ -106,14 +110,14 @@ def _hidden_accumulator(shape: Shape, single: bool) -> int:
     return shape.tokens * shape.hidden * (shape.compute_dtype.itemsize if narrow else 4)
 
 
-def _table(shape: Shape, rows: int) -> int:
-    return 4 * blocks(shape) * table_rows(min(rows, shape.tokens))
+def _table(shape: Shape, rows: int, count: int | None = None) -> int:
+    return 4 * (blocks(shape) if count is None else count) * table_rows(min(rows, shape.tokens))
 
 
-def _tables(shape: Shape, rows: int) -> int:
+def _tables(shape: Shape, rows: int, count: int | None = None) -> int:
     wanted = shape.statistics
-    count = 1 + ("mean_logit" in wanted) + ("smooth_logit" in wanted) + 2 * ("prediction" in wanted)
-    return count * _table(shape, rows)
+    tables = 1 + ("mean_logit" in wanted) + ("smooth_logit" in wanted) + 2 * ("prediction" in wanted)
+    return tables * _table(shape, rows, count)
 
 
 def _hidden_cast(shape: Shape) -> int:
@@ -131,6 +135,26 @@ def _prepared(shape: Shape) -> int:
         wide = 4 * shape.tokens * shape.hidden
     forward = _hidden_cast(shape) - _hidden_gradient(shape) - _weight_gradient(shape)
     return left + max(0, forward, _hidden_cast(shape) + rows - _hidden_gradient(shape), _hidden_cast(shape) + wide)
+
+
+def _sampled(shape: Shape, schedule: Schedule) -> int:
+    """Pairs; forward, tables and a bit for each pair there could be; backward, the gradient of the pairs' logits."""
+    (pairs, _), *starts = selection.residuals(shape)
+    rows, count = sampled.rows_at_a_time(shape, schedule), block_count(shape.vocabulary)
+    left = 4 * pairs[0] + sum(4 * size[0] for size, _ in starts)
+    smooth = 0
+    if "smooth_logit" in shape.statistics:
+        smooth = 4 * (sampled.SEGMENTS + 2) * shape.hidden
+        if selection.mixed(shape):  # the smoothing in fp64, its magnitude and its sums over blocks
+            smooth += 20 * shape.vocabulary
+    forward = _tables(shape, rows, count) + _hidden(shape, rows) + shape.tokens * count // 8 + 4 * count
+    tile = tiles.tile("pairs", shape.compute_dtype.itemsize, _index(shape)).rows
+    pair_gradient = pairs[0] * BLOCK * shape.compute_dtype.itemsize
+    pair_gradient += 4 * sampled.most_tiles(shape, pairs[0], tile) + _hidden_cast(shape)
+    accumulator = 4 * shape.tokens * shape.hidden if shape.hidden_gradient else 0
+    multiplying = pair_gradient + accumulator - _hidden_gradient(shape)
+    rounding = 0 if shape.hidden_dtype == torch.float32 else accumulator
+    return left + smooth + max(forward - _hidden_gradient(shape) - _weight_gradient(shape), multiplying, rounding)
 
 
 def _chunked(shape: Shape, schedule: Schedule) -> int:
@@ -186,7 +210,7 @@ def cost(shape: Shape, schedule: Schedule) -> float:
 
     chunks = ceil_div(n, max(1, schedule.rows))
     seconds = column * v * whole_waves(min(schedule.rows, max(1, n)), v) + chunks * rates.step
-    if schedule.strategy == "loss_only":
+    if schedule.strategy in ("loss_only", "sampled"):  # sampled ones differ in their forward pass alone
         return seconds
     seconds += column * v * (shape.hidden_gradient + shape.weight_gradient)
     item = shape.compute_dtype.itemsize

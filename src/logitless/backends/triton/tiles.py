@@ -2,8 +2,11 @@
 
 Constraints that every entry must meet:
 
-- ``columns`` is the same for all kernels of one generation and operand width: the table of block sums is made by one
-  kernel and read by another.
+- ``columns`` is the same for the kernels ``scan``, ``store`` and ``window`` of one generation and operand width: the
+  table of block sums is made by one kernel and read by another. It is a multiple of ``options.BLOCK``.
+- ``pairs`` are tiles of gathered rows by one block, so its ``columns`` are ``options.BLOCK``. ``pair_sums`` are the two
+  products of such tiles' gradients: ``rows`` pairs at a time give ``columns`` of the hidden size of the weight's
+  gradient, and a tile of pairs gives ``depth`` of that of the hidden states'.
 - Operands of ``stages`` steps, and the tile that a storing kernel stages, fit shared memory (227 KiB on Hopper).
 - ``depth`` times the operands' width is at least 64 bytes, the row of a shared-memory bank pattern.
 """
@@ -20,7 +23,9 @@ from typing import Literal
 import torch
 from triton import knobs
 
-Kind = Literal["scan", "store", "window"]
+Kind = Literal["scan", "store", "window", "pairs", "pair_sums"]
+
+KINDS: tuple[Kind, ...] = ("scan", "store", "window", "pairs", "pair_sums")
 
 TUNED_FILE = "LOGITLESS_TILES"
 """Environment variable that names a table written by ``logitless tune``."""
@@ -54,22 +59,26 @@ TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
             "scan": Tile(128, 256, 64, 32, 8, 4),
             "store": Tile(128, 256, 64, 32, 8, 3),
             "window": Tile(128, 256, 64, 32, 8, 3),
+            "pairs": Tile(64, 128, 64, 1, 4, 4),
+            "pair_sums": Tile(64, 256, 128, 1, 8, 3),
         },
         4: {
             "scan": Tile(128, 128, 32, 16, 8, 3),
             "store": Tile(128, 128, 32, 16, 8, 2),
             "window": Tile(128, 128, 32, 16, 8, 2),
+            "pairs": Tile(64, 128, 32, 1, 4, 3),
+            "pair_sums": Tile(32, 128, 64, 1, 8, 2),
         },
     },
     # Other GPUs: small enough for 99 KiB of shared memory. Not measured.
     "other": {
-        2: dict.fromkeys(("scan", "store", "window"), Tile(64, 128, 32, 8, 4, 3)),
-        4: dict.fromkeys(("scan", "store", "window"), Tile(64, 128, 16, 8, 8, 2)),
+        2: dict.fromkeys(KINDS, Tile(64, 128, 32, 8, 4, 3)),
+        4: dict.fromkeys(KINDS, Tile(64, 128, 16, 8, 8, 2)),
     },
     # Triton's interpreter: several tiles even of small problems.
     "interpreter": {
-        2: dict.fromkeys(("scan", "store", "window"), Tile(16, 128, 16, 2, 4, 1)),
-        4: dict.fromkeys(("scan", "store", "window"), Tile(16, 128, 16, 2, 4, 1)),
+        2: dict.fromkeys(KINDS, Tile(16, 128, 16, 2, 4, 1)),
+        4: dict.fromkeys(KINDS, Tile(16, 128, 16, 2, 4, 1)),
     },
 }
 

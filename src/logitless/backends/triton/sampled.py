@@ -1,0 +1,246 @@
+"""The sampled gradient: a forward pass that lists pairs of a row and a vocabulary block, a backward pass over these.
+
+Cost: 2NDV for the loss, and 6 * 128 * D for each pair. The table of the blocks' masses lives only as long as the rows
+at work; what is left for the backward pass is the pairs.
+"""
+
+# A launch takes num_warps and num_stages besides the kernel's own parameters.
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+
+from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics, ceil_div
+from logitless.backends.triton import tiles
+from logitless.backends.triton.dense import Scratch, new_statistics, scan_rows, slices, write_ranks
+from logitless.backends.triton.launch import Launcher, described, fp32_precision, readable
+from logitless.backends.triton.pairs import (
+    list_tiles_kernel,
+    pair_gradient_kernel,
+    pair_hidden_gradient_in_order_kernel,
+    pair_hidden_gradient_kernel,
+    pair_weight_gradient_kernel,
+    weighted_sums_kernel,
+)
+from logitless.backends.triton.selection import GROUP, Selection, smoothing_shares
+from logitless.options import BLOCK
+from logitless.sampling import block_count
+
+# Programs a multiprocessor of the persistent kernels, whose walks over tiles wait for gathered rows.
+PROGRAMS = 3
+# Columns of the hidden size that one program of the deterministic kernel owns.
+OWNED = 32
+# Pieces of a weighted sum over rows.
+SEGMENTS = 256
+
+
+def rows_at_a_time(shape: Shape, schedule: Schedule) -> int:
+    """Rows whose table exists at a time: whole groups of the selection."""
+    return min(ceil_div(schedule.rows, GROUP) * GROUP, shape.tokens)
+
+
+def most_tiles(shape: Shape, pairs: int, tile: int) -> int:
+    """How many tiles of ``tile`` pairs there can be: each block's last may be in part empty."""
+    return pairs // tile + block_count(shape.vocabulary)
+
+
+def forward(problem: Problem, schedule: Schedule) -> Statistics:
+    """Statistics of every row, and the pairs that the backward pass will compute."""
+    launcher, shape = Launcher(problem, block=BLOCK), problem.shape
+    statistics = new_statistics(problem)
+    step = rows_at_a_time(shape, schedule)
+    scratch, selection = Scratch.of(launcher, step), Selection(problem, launcher.rows)
+    for rows in slices(0, shape.tokens, max(1, step)):
+        scan_rows(launcher, rows, ((slice(0, shape.vocabulary), None),), scratch, statistics)
+        selection.add(scratch.tables, rows.start, rows.stop - rows.start, statistics)
+    write_ranks(launcher, scratch, statistics)
+    return statistics.leaving(selection.listed(launcher.tile("pairs").rows))
+
+
+def backward(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> Gradients:
+    """Gradients from the pairs; the rank-one part of label smoothing is exact."""
+    shape = problem.shape
+    grouped = _Grouped(problem, statistics)
+    gradient = grouped.logits_gradient(statistics, coefficients)
+    gradients = Gradients(None, None, None)
+    if shape.weight_gradient or shape.bias_gradient:
+        gradients.weight, gradients.bias = grouped.weight_gradient(gradient, coefficients.d)
+    if shape.hidden_gradient:
+        gradients.hidden = grouped.hidden_gradient(gradient, coefficients.d)
+    return gradients
+
+
+class _Grouped:
+    """The kernels over one problem's pairs, with what does not change between them."""
+
+    def __init__(self, problem: Problem, statistics: Statistics) -> None:
+        self._problem, self._shape = problem, problem.shape
+        self._device, dtype = problem.hidden.device, problem.shape.compute_dtype
+        self._hidden, self._weight = problem.hidden.to(dtype), readable(problem.weight.to(dtype))
+        self._pairs, self._starts, self._tile_starts = statistics.residuals
+        index = tiles.device_index(self._device)
+        self._tile, self._sums = (tiles.tile(kind, dtype.itemsize, index) for kind in ("pairs", "pair_sums"))
+        self._programs = PROGRAMS * tiles.processors(index)
+        self._blocks = block_count(self._shape.vocabulary)
+        self._precision = fp32_precision()
+        count = most_tiles(self._shape, self._pairs.shape[0], self._tile.rows)
+        self._tile_blocks = torch.empty(count, dtype=torch.int32, device=self._device)
+        list_tiles_kernel[(self._blocks,)](self._tile_starts, self._tile_blocks, STEP=128, num_warps=1)
+        self._vector = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
+        self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
+
+    def _empty(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=self._device)
+
+    def logits_gradient(self, statistics: Statistics, c: Coefficients) -> torch.Tensor:
+        """[P, BLOCK] the gradient of the pairs' logits."""
+        problem, head = self._problem, self._problem.head
+        gradient = self._empty(self._pairs.shape[0], BLOCK, dtype=self._shape.compute_dtype)
+        shares = smoothing_shares(problem)
+        assert self._shape.threshold is not None
+        pair_gradient_kernel[(self._programs,)](
+            self._hidden,
+            described(self._weight, [BLOCK, self._tile.depth]),
+            self._pairs,
+            self._starts,
+            self._tile_starts,
+            self._tile_blocks,
+            gradient,
+            c.a if problem.bias is None else problem.bias.contiguous(),
+            c.a if self._vector is None else self._vector,
+            c.a if shares is None else shares,
+            problem.target,
+            statistics.logsumexp,
+            c.a,
+            c.a if c.b is None else c.b,
+            c.c,
+            c.a if c.d is None else c.d,
+            self._hidden.stride(0),
+            self._shape.hidden,
+            self._shape.vocabulary,
+            self._blocks,
+            1 / self._shape.threshold,
+            self._uniform,
+            head.logit_scale,
+            head.softcap or 1.0,
+            self._programs,
+            TILE=self._tile.rows,
+            BLOCK=BLOCK,
+            BK=self._tile.depth,
+            BIAS=problem.bias is not None,
+            SOFTCAP=head.softcap is not None,
+            B=c.b is not None,
+            SMOOTH=c.d is not None,
+            SMOOTH_VECTOR=self._vector is not None,
+            MIXED=shares is not None,
+            PRECISION=self._precision,
+            num_warps=self._tile.warps,
+            num_stages=self._tile.stages,
+        )
+        return gradient
+
+    def weight_gradient(
+        self,
+        gradient: torch.Tensor,  # [P, BLOCK]
+        d: torch.Tensor | None,  # [N]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of the weight, unless it is added to the caller's buffer, and of the bias."""
+        shape, problem, tile = self._shape, self._problem, self._sums
+        weight = bias = None
+        if shape.weight_gradient and problem.main_grad is None:
+            weight = self._empty(shape.vocabulary, shape.hidden, dtype=shape.weight_dtype)
+        if shape.bias_gradient:
+            bias = self._empty(shape.vocabulary)
+        result = weight if problem.main_grad is None else problem.main_grad
+        rank_one = None
+        if d is not None and shape.weight_gradient:
+            rank_one = self._weighted_sum(problem.hidden, d)
+        grid = (ceil_div(shape.hidden, tile.columns) if shape.weight_gradient else 1, self._blocks)
+        pair_weight_gradient_kernel[grid](
+            self._hidden,
+            gradient,
+            self._pairs,
+            self._starts,
+            gradient if result is None else result,
+            self._starts if bias is None else bias,
+            gradient if self._vector is None else self._vector,
+            gradient if rank_one is None else rank_one,
+            gradient if d is None else d.sum(),
+            self._hidden.stride(0),
+            1 if result is None else result.stride(0),
+            1 if result is None else result.stride(1),
+            shape.hidden,
+            shape.vocabulary,
+            self._uniform,
+            problem.head.logit_scale,
+            BLOCK=BLOCK,
+            BD=tile.columns,
+            BP=tile.rows,
+            ADD=problem.main_grad is not None,
+            WEIGHT_GRADIENT=shape.weight_gradient,
+            BIAS_GRADIENT=bias is not None,
+            SMOOTH=d is not None,
+            SMOOTH_VECTOR=self._vector is not None,
+            PRECISION=self._precision,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return weight, bias
+
+    def hidden_gradient(
+        self,
+        gradient: torch.Tensor,  # [P, BLOCK]
+        d: torch.Tensor | None,  # [N]
+    ) -> torch.Tensor:
+        """[N, D] fp32 gradient of the hidden states."""
+        shape, scale = self._shape, self._problem.head.logit_scale
+        result = torch.zeros(shape.tokens, shape.hidden, device=self._device)
+        in_order = torch.are_deterministic_algorithms_enabled()
+        width = OWNED if in_order else self._sums.depth
+        operands = (
+            described(self._weight, [BLOCK, width]),
+            gradient,
+            self._pairs,
+            self._starts,
+            self._tile_starts,
+            self._tile_blocks,
+            result,
+            shape.hidden,
+            self._blocks,
+            scale,
+        )
+        constants = {"TILE": self._tile.rows, "BLOCK": BLOCK, "BD": width, "PRECISION": self._precision}
+        if in_order:
+            grid = (ceil_div(shape.hidden, width),)
+            pair_hidden_gradient_in_order_kernel[grid](*operands, **constants, num_warps=4)
+        else:
+            pair_hidden_gradient_kernel[(self._programs,)](*operands, self._programs, **constants, num_warps=4)
+        if d is not None:
+            smoothing = self._vector if self._vector is not None else self._uniform
+            result.addr_(d, self._weighted_sum(self._problem.weight, smoothing), alpha=-scale)
+        return result
+
+    def _weighted_sum(self, matrix: torch.Tensor, weights: torch.Tensor | float) -> torch.Tensor:
+        """[D] fp32 sum of the rows of a matrix [R, D], weighted by [R] or one number."""
+        matrix = readable(matrix)
+        rows, columns = matrix.shape
+        segment = max(1, ceil_div(rows, SEGMENTS))
+        sums = self._empty(ceil_div(rows, segment), columns)
+        vector = weights if isinstance(weights, torch.Tensor) else None
+        if rows:
+            weighted_sums_kernel[(ceil_div(columns, 64), sums.shape[0])](
+                matrix,
+                matrix if vector is None else vector,
+                sums,
+                matrix.stride(0),
+                rows,
+                columns,
+                segment,
+                0.0 if isinstance(weights, torch.Tensor) else weights,
+                ROWS=32,
+                COLUMNS=64,
+                VECTOR=vector is not None,
+                num_warps=4,
+            )
+        return sums.sum(0)
