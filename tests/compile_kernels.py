@@ -58,7 +58,7 @@ NUMBERS = ("uniform_smoothing", "uniform", "scale", "softcap", "inverse_threshol
 INTEGERS = (
     *("rows", "rows_here", "first_row", "columns", "vocabulary", "first_column", "end_column", "window", "blocks"),
     *("hidden_size", "programs", "stride", "table_stride", "softmax_stride", "gradient_stride", "source_stride"),
-    *("hidden_stride", "result_stride", "result_step", "segment", "most", "tokens", "groups"),
+    *("hidden_stride", "segment", "most", "tokens", "groups"),
 )
 TARGET = GPUTarget("cuda", 90, 32)
 

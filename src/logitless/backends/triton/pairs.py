@@ -141,14 +141,12 @@ def pair_weight_gradient_kernel(
     gradient,  # [P, BLOCK]
     pairs,  # [P] int32
     starts,  # [B + 1] int32
-    result,  # [V, D] of two strides, written, or added to where ADD
+    result,  # [V, D], written, or added to where ADD
     bias_result,  # [V] fp32, written, where BIAS_GRADIENT
     smoothing,  # [V] where SMOOTH_VECTOR
     smooth_sum,  # [D] fp32 sum of d_i x_i where SMOOTH
     smooth_total,  # [1] fp32 sum of d_i where SMOOTH
     hidden_stride,
-    result_stride,
-    result_step,
     hidden_size,
     vocabulary,
     uniform_smoothing,
@@ -191,7 +189,7 @@ def pair_weight_gradient_kernel(
         if SMOOTH:
             rank_one = tl.load(smooth_sum + depth, mask=depth < hidden_size, other=0.0)
             total -= weights[:, None] * rank_one[None, :]
-        target = result + columns.to(tl.int64)[:, None] * result_stride + depth.to(tl.int64)[None, :] * result_step
+        target = result + columns.to(tl.int64)[:, None] * hidden_size + depth[None, :]
         total = total * scale
         if ADD:
             total += tl.load(target, mask=inside, other=0.0)

@@ -168,8 +168,6 @@ class _Grouped:
             gradient if rank_one is None else rank_one,
             gradient if d is None else d.sum(),
             self._hidden.stride(0),
-            1 if result is None else result.stride(0),
-            1 if result is None else result.stride(1),
             shape.hidden,
             shape.vocabulary,
             self._uniform,
