@@ -21,16 +21,19 @@ PUBLIC_FUNCTIONS = [
     logitless.check_targets,
     logitless.linear_cross_entropy,
     logitless.plan,
+    logitless.sampling_report,
     logitless.token_statistics,
 ]
 PUBLIC = [
     "LinearCrossEntropyLoss",
     "Plan",
     "Sampled",
+    "SamplingReport",
     "TokenStatistics",
     "check_targets",
     "linear_cross_entropy",
     "plan",
+    "sampling_report",
     "token_statistics",
 ]
 
@@ -143,7 +146,7 @@ def test_optional_imports_are_seen():
 # Modules in the order of their arrows: each may import from its own rank and from those after it.
 RANKS = (
     {"cli", "__main__", "demo", "bench"},
-    {"functional", "module"},
+    {"functional", "module", "report"},
     {"compiled"},
     {"validation", "objective", "planning", "operators"},
     {"schedules"},

@@ -12,15 +12,19 @@ from logitless.module import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from logitless.options import Sampled as Sampled
 from logitless.planning import Plan as Plan
 from logitless.planning import plan as plan
+from logitless.report import SamplingReport as SamplingReport
+from logitless.report import sampling_report as sampling_report
 
 __all__ = [
     "LinearCrossEntropyLoss",
     "Plan",
     "Sampled",
+    "SamplingReport",
     "TokenStatistics",
     "check_targets",
     "linear_cross_entropy",
     "plan",
+    "sampling_report",
     "token_statistics",
 ]
 __version__ = "0.1.0.dev0"
