@@ -339,6 +339,19 @@ def test_trained_head_is_asked_for(tmp_path):
         run.run_bench(config(tmp_path, cases=("tiny-trained",)), "", Console(quiet=True))
 
 
+def test_grown_head(tmp_path):
+    """Entries that a head has not got are those it has, at half their length; too few hidden states are repeated."""
+    hidden, weight, path = torch.randn(10, 16), torch.randn(120, 16), tmp_path / "head.pt"
+    torch.save({"hidden": hidden, "labels": torch.arange(10), "weight": weight}, path)
+    inputs = make_inputs(TINY_TRAINED, torch.float32, CPU, 0, path)
+    logits = inputs.hidden @ inputs.weight.T
+    expected = hidden @ weight.T
+    assert logits.shape == (24, 301)
+    torch.testing.assert_close(logits[10:20, :120], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[:4, 240:], expected[:4, :61] / 2, atol=1e-4, rtol=1e-4)
+    assert inputs.target.tolist() == [*range(10), *range(10), *range(4)]
+
+
 def test_widened_head_has_the_same_logits(tmp_path):
     hidden, weight = torch.randn(30, 16), torch.randn(301, 16)
     path = tmp_path / "head.pt"

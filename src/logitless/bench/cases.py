@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from logitless.bench.trained import load_trained_head, widen
+from logitless.bench.trained import grow, load_trained_head, widen
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Case:
         name: how the command line and the reports call it.
         tokens: N.
         hidden: D.
-        vocabulary: V; that of the trained head where ``trained``.
-        trained: whether inputs come from a trained model, so that the softmax is a real one.
+        vocabulary: V. A trained head that has fewer entries is grown to it; one that has more is taken as it is.
+        trained: whether inputs come from a trained model, so that the softmax is a real one. Its rows of hidden states
+            are repeated where they are too few.
         description: what it stands for.
         on_device: whether random inputs are drawn where the loss is computed, anew for every round. Meant for a GPU:
             drawing a billion numbers on a CPU takes longer than the benchmark.
@@ -47,6 +48,8 @@ CASES = {
         Case("llama3", 8192, 4096, 128256, False, "Llama 3 8B's head, random inputs", on_device=True),
         Case("gemma", 8192, 2304, 262144, False, "Gemma's vocabulary, random inputs", on_device=True),
         Case("gemma-long", 32768, 2304, 262144, False, "the same, four times the tokens", on_device=True),
+        Case("llama3-trained", 8192, 4096, 128256, True, "SmolLM2-135M's trained head, grown to the size of llama3"),
+        Case("gemma-trained", 8192, 2304, 262144, True, "SmolLM2-135M's trained head, grown to the size of gemma"),
     )
 }
 
@@ -89,11 +92,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int,
         if trained_head is None:
             raise ValueError(f"case {case.name!r} needs the file of a trained head; give it with --trained-head FILE")
         head = load_trained_head(trained_head)
-        if head.hidden.shape[0] < case.tokens:
-            raise ValueError(f"case {case.name!r} needs {case.tokens} rows, {trained_head} has {head.hidden.shape[0]}")
-        rows = slice(0, case.tokens)
-        hidden, weight = widen(head.hidden[rows], head.weight, case.hidden)
-        target = head.target[rows]
+        rows = torch.arange(case.tokens) % head.hidden.shape[0]
+        hidden, weight = widen(head.hidden[rows].to(device), head.weight.to(device), case.hidden)
+        weight, target = grow(weight, case.vocabulary), head.target[rows]
     return Inputs(hidden.to(device, dtype), weight.to(device, dtype), target.to(device))
 
 

@@ -51,6 +51,18 @@ def dequantise_q8(packed: torch.Tensor) -> torch.Tensor:
     return (groups[..., 2:].contiguous().view(torch.int8).float() * scale).flatten(1)
 
 
+def grow(
+    weight: torch.Tensor,  # [V', d]
+    vocabulary: int,
+) -> torch.Tensor:
+    """[V, d] a head of at least that many entries: further rows are the given ones at half their length.
+
+    Their logits are half as large, so that they hold little of the mass, spread over many blocks, as rare tokens do.
+    """
+    missing = max(0, vocabulary - weight.shape[0])
+    return torch.cat([weight, (weight / 2).repeat(-(-missing // weight.shape[0]), 1)[:missing]])
+
+
 def widen(
     hidden: torch.Tensor,  # [N, d]
     weight: torch.Tensor,  # [V, d]
