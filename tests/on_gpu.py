@@ -124,6 +124,47 @@ def busy_options(inputs: Inputs) -> dict[str, object]:
     }
 
 
+# --- waiting, and graphs -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def refusing_to_wait() -> Iterator[None]:
+    """Within, an operation for which the host would wait raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def inputs_with_strays(**changes) -> Inputs:
+    """Ignored tokens, and targets out of range."""
+    inputs = make_inputs(**changes)
+    inputs.target[5], inputs.target[70] = inputs.weight.shape[0], -7
+    return inputs
+
+
+def captured(call: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+    """The call as a graph, and the tensors that hold its results after each replay."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+def take_data_of(inputs: Inputs, other: Inputs) -> None:
+    with torch.no_grad():
+        for name in ("hidden", "weight", "target"):
+            getattr(inputs, name).copy_(getattr(other, name))
+
+
 # --- how near ---------------------------------------------------------------------------------------------------------
 
 

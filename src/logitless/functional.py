@@ -388,6 +388,8 @@ def _evaluate(
 
 
 def _offsets(tokens: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
-    """[N] float64 uniform in [0, 1), drawn where the generator lives."""
+    """[N] float64 uniform in [0, 1), drawn where the generator lives; copying them makes nobody wait."""
     source = device if generator is None else generator.device
-    return torch.rand(tokens, dtype=torch.float64, device=source, generator=generator).to(device)
+    pinned = source.type == "cpu" and device.type == "cuda"
+    drawn = torch.rand(tokens, dtype=torch.float64, device=source, generator=generator, pin_memory=pinned)
+    return drawn.to(device, non_blocking=True)

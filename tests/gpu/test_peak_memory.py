@@ -52,6 +52,7 @@ class Scenario:
     strategy: str | None = None
     layout: str = "rows"
     main_grad: bool = False
+    threshold: float | None = None
 
     def __str__(self) -> str:
         changed = [
@@ -120,6 +121,13 @@ TRAINING = [
     Scenario(8192, 2048, 32_768, weight_dtype=torch.float32, reduction="none"),
     Scenario(16_384, 2048, 65_536, main_grad=True),
     Scenario(16_384, 2048, 65_536, main_grad=True, reduction="none"),
+    Scenario(8192, 2048, 65_536, threshold=1 / 64),
+    Scenario(8192, 2048, 65_536, threshold=1 / 16, reduction="none"),
+    Scenario(8192, 2048, 65_536, torch.float32, threshold=1 / 64),
+    Scenario(8192, 2048, 65_536, threshold=1 / 64, weight_dtype=torch.float32),
+    Scenario(65_536, 512, 32_768, threshold=1 / 64, frozen=("weight",)),
+    Scenario(8192, 2048, 65_536, threshold=1 / 64, frozen=("hidden",)),
+    Scenario(65_536, 1024, 65_536, threshold=1 / 64, main_grad=True),
 ]
 
 # What ``plan`` has no argument for; the plan is the call's own.
@@ -127,6 +135,7 @@ OTHERS = [
     Scenario(8192, 2048, 32_768, bias=True),
     Scenario(8192, 2048, 32_768, bias=True, busy=True),
     Scenario(8192, 2048, 32_768, bias=True, busy=True, reduction="none"),
+    Scenario(8192, 2048, 65_536, bias=True, busy=True, threshold=1 / 64),
     Scenario(8192, 2048, 32_768, layout="columns"),
     Scenario(8192, 2048, 32_768, layout="columns", weight_dtype=torch.float32),
     *(Scenario(8192, 2048, 32_768, strategy=name) for name in ("stored", "chunked", "windowed", "lodged", "kept")),
@@ -138,6 +147,7 @@ def peak_of(scenario: Scenario) -> int:
     inputs = scenario.inputs()
     options: dict = busy_options(inputs) if scenario.busy else {}
     options |= {"workspace": scenario.workspace, "reduction": scenario.reduction, "backend": "triton"}
+    options["gradient"] = "exact" if scenario.threshold is None else logitless.Sampled(scenario.threshold)
     if scenario.main_grad:
         options["main_grad"] = torch.zeros(inputs.weight.shape, device=DEVICE)
     upstream = torch.ones(scenario.tokens if scenario.reduction == "none" else (), device=DEVICE)
@@ -169,6 +179,7 @@ def test_peak_of_a_step(scenario, plans):
         frozen_input="hidden" in scenario.frozen,
         workspace=scenario.workspace,
         main_grad=scenario.main_grad,
+        gradient="exact" if scenario.threshold is None else logitless.Sampled(scenario.threshold),
     )
     assert plan == plans[0], "the call was planned otherwise"
     check_peak(measured, plan)
