@@ -23,6 +23,7 @@ from logitless.backends.contract import Problem
 from logitless.backends.triton import tiles
 from logitless.backends.triton.dense import new_statistics
 from logitless.backends.triton.launch import Tables, table_rows
+from logitless.backends.triton.pairs import list_tiles_kernel, start_tiles_kernel
 from logitless.backends.triton.rows import order_rows
 from logitless.backends.triton.selection import GROUP, Selection, residuals
 from logitless.options import BLOCK
@@ -34,7 +35,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS, VOCABULARY = 70, BLOCK * 90 + 5
 BLOCKS = block_count(VOCABULARY)
-TILE = 16
 tile_of = tiles.tile
 LOG2 = math.log(2)
 
@@ -91,8 +91,8 @@ def select(
         table[:, :size] = packed[:, start : start + size]
         selection.add(Tables(table, None, None, None, None), start, size, statistics)
         start += size
-    left = selection.listed(TILE)
-    pairs, starts, _ = (tensor.cpu() for tensor in left)
+    left = selection.listed()
+    pairs, starts = (tensor.cpu() for tensor in left)
     coded = [pairs[first:end].tolist() for first, end in itertools.pairwise(starts)]
     return [[(code & 0x7FFFFFFF, code < 0) for code in block] for block in coded], left
 
@@ -123,11 +123,19 @@ def expected(problem: Problem, log_masses: Tensor, shift: int = 0) -> list[list[
 @pytest.mark.parametrize("kind", KINDS)
 def test_pairs_are_those_of_the_definition(kind, threshold):
     problem, log_masses = problem_of(threshold), exponents(kind)
-    given, (_, starts, tile_starts) = select(problem, log_masses)
+    given, (_, starts) = select(problem, log_masses)
     assert given == expected(problem, log_masses)
-    tiles = [math.ceil(len(block) / TILE) for block in given]
-    assert tile_starts.diff().tolist() == tiles
-    assert [starts[0], tile_starts[0], tile_starts[-1]] == [0, 0, sum(tiles)]
+    assert [starts[0], starts[-1]] == [0, sum(map(len, given))]
+
+
+def test_tiles_of_a_block():
+    """Each is of one block, and all but a block's last are full."""
+    starts = torch.tensor([0, 0, 16, 49, 49, 50], dtype=torch.int32, device=DEVICE)
+    tile_starts, tile_blocks = torch.empty_like(starts), torch.full((6,), -1, dtype=torch.int32, device=DEVICE)
+    start_tiles_kernel[(1,)](starts, tile_starts, 5, TILE=16, STEP=4)
+    list_tiles_kernel[(5,)](tile_starts, tile_blocks, STEP=2)
+    assert tile_starts.tolist() == [0, 0, 1, 4, 4, 5]
+    assert tile_blocks.tolist() == [1, 2, 2, 2, 4, -1]
 
 
 @pytest.mark.parametrize("counted", ["some", "one", "none"])
@@ -146,7 +154,7 @@ def test_chunks_do_not_matter(chunks):
 def test_masses_that_are_too_large_keep_no_more_than_there_is_room_for(threshold):
     """As a rounded log-sum-exp gives them, here by far."""
     problem, log_masses = problem_of(threshold), exponents("even")
-    given, (pairs, starts, _) = select(problem, log_masses, shift=6)
+    given, (pairs, starts) = select(problem, log_masses, shift=6)
     assert given == expected(problem, log_masses, shift=6)
     by_row = [sum(row == pair for block in given for pair, _ in block) for row in range(ROWS)]
     assert max(by_row) == most_sampled(VOCABULARY, threshold) + 1  # and the target's
@@ -231,7 +239,7 @@ def test_order_of_additions_hardly_matters(options, request):
 def test_tiles_of_pairs_do_not_matter(monkeypatch):
     """Whether a block's pairs fit one tile or fill several."""
     several = sampled_gradients()
-    wide = {kind: replace(tiles.tile(kind, 4, None), rows=256) for kind in ("pairs", "pair_sums")}
+    wide = {kind: replace(tiles.tile(kind, 4, None), rows=256) for kind in ("pairs",)}
     monkeypatch.setattr(tiles, "tile", lambda kind, itemsize, index: wide.get(kind) or tile_of(kind, itemsize, index))
     one = sampled_gradients()
     for name, value in several.items():

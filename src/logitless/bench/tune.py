@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -17,11 +18,16 @@ from rich.table import Table
 from logitless.bench.clock import seconds
 from logitless.demo.errors import InputError
 from logitless.functional import linear_cross_entropy
+from logitless.options import Sampled
 from logitless.schedules import force_strategy
 
 GROUPS = (8, 16, 32, 64)
 STAGES = (2, 3, 4)
 ROWS = (64, 128)
+DEPTHS = (32, 64, 128)
+WARPS = (4, 8)
+# Standard deviation of the logits: for the sampled gradient, whose work depends on it, about as peaked as trained ones.
+SPREAD = 3.0
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,7 @@ class Problem:
 def tune(problem: Problem, rounds: int, output: Path, console: Console) -> int:
     """Time every candidate of every kernel in turn, print a table of each, write the fastest; the exit code.
 
-    Candidates keep the built-in tile's columns, which all kernels of a generation share. One that does not fit the
-    device is left out with its reason.
+    One that does not fit the device is left out with its reason.
 
     Raises:
         InputError: there is no GPU.
@@ -52,15 +57,7 @@ def tune(problem: Problem, rounds: int, output: Path, console: Console) -> int:
     chosen: dict[str, dict[str, int]] = {}
     for kind, run in _kernels(problem, device).items():
         built_in = tiles.TILES[generation][itemsize][kind]
-        candidates = [built_in]
-        for rows in ROWS:
-            for group in GROUPS:
-                for stages in STAGES:
-                    candidate = replace(
-                        built_in, rows=rows, group=group, stages=stages, warps=built_in.warps * rows // 128
-                    )
-                    if candidate not in candidates and candidate.warps >= 4:
-                        candidates.append(candidate)
+        candidates = [built_in, *(tile for tile in _candidates(kind, built_in) if tile != built_in)]
         times = _timed(kind, candidates, run, rounds, device, console)
         best = min(times, key=lambda tile: statistics.median(times[tile]))
         table = Table("tile", "median ms", "of built-in", title=f"{kind} on {torch.cuda.get_device_name(device)}")
@@ -77,10 +74,29 @@ def tune(problem: Problem, rounds: int, output: Path, console: Console) -> int:
     return 0
 
 
+def _candidates(kind: Any, built_in: Any) -> Iterator[Any]:
+    """Tiles worth trying. Those of the scan keep the columns, which all kernels of its tables share."""
+    if kind == "pairs":
+        for rows, depth, warps, stages in itertools.product(ROWS, DEPTHS, WARPS, (*STAGES, 5)):
+            yield replace(built_in, rows=rows, depth=depth, warps=warps, stages=stages)
+    elif kind == "pair_weight":
+        for columns, depth, warps, stages in itertools.product((128, 256), DEPTHS, WARPS, STAGES):
+            yield replace(built_in, columns=columns, depth=depth, warps=warps, stages=stages)
+    elif kind == "pair_hidden":
+        for columns, warps, stages in itertools.product((32, 64, 128, 256), WARPS, STAGES):
+            yield replace(built_in, columns=columns, warps=warps, stages=stages)
+    else:
+        for rows, group, stages in itertools.product(ROWS, GROUPS, STAGES):
+            warps = built_in.warps * rows // 128
+            if warps >= 4:
+                yield replace(built_in, rows=rows, group=group, stages=stages, warps=warps)
+
+
 def _kernels(problem: Problem, device: torch.device) -> dict[Any, Callable[[], Any]]:
     """A call whose time is that of each kernel, and whatever does not depend on its tile."""
     hidden = torch.randn(problem.tokens, problem.hidden, device=device).to(problem.dtype).requires_grad_()
-    weight = torch.randn(problem.vocabulary, problem.hidden, device=device).mul_(problem.hidden**-0.5).to(problem.dtype)
+    weight = torch.randn(problem.vocabulary, problem.hidden, device=device).mul_(SPREAD * problem.hidden**-0.5)
+    weight = weight.to(problem.dtype)
     target = torch.randint(problem.vocabulary, (problem.tokens,), device=device)
 
     def scan() -> Any:
@@ -95,7 +111,21 @@ def _kernels(problem: Problem, device: torch.device) -> dict[Any, Callable[[], A
         with force_strategy("windowed", window=8192, lodged=0):
             return torch.autograd.grad(linear_cross_entropy(hidden, weight, target, backend="triton"), hidden)
 
-    return {"scan": scan, "store": store, "window": window}
+    trained, sampled = weight.detach().requires_grad_(), list[torch.Tensor]()
+
+    def pairs() -> Any:
+        if not sampled:  # once: the forward pass would hide the differences
+            sampled.append(linear_cross_entropy(hidden, trained, target, backend="triton", gradient=Sampled()))
+        return torch.autograd.grad(sampled[0], (hidden, trained), retain_graph=True)
+
+    return {
+        "scan": scan,
+        "store": store,
+        "window": window,
+        "pairs": pairs,
+        "pair_weight": pairs,
+        "pair_hidden": pairs,
+    }
 
 
 def _timed(

@@ -139,9 +139,9 @@ def _prepared(shape: Shape) -> int:
 
 def _sampled(shape: Shape, schedule: Schedule) -> int:
     """Pairs; forward, tables and a bit for each pair there could be; backward, the gradient of the pairs' logits."""
-    (pairs, _), *starts = selection.residuals(shape)
+    (pairs, _), (starts, _) = selection.residuals(shape)
     rows, count = sampled.rows_at_a_time(shape, schedule), block_count(shape.vocabulary)
-    left = 4 * pairs[0] + sum(4 * size[0] for size, _ in starts)
+    left = 4 * (pairs[0] + starts[0])
     smooth = 0
     if "smooth_logit" in shape.statistics:
         smooth = 4 * (sampled.SEGMENTS + 2) * shape.hidden
@@ -150,7 +150,7 @@ def _sampled(shape: Shape, schedule: Schedule) -> int:
     forward = _tables(shape, rows, count) + _hidden(shape, rows) + shape.tokens * count // 8 + 4 * count
     tile = tiles.tile("pairs", shape.compute_dtype.itemsize, _index(shape)).rows
     pair_gradient = pairs[0] * BLOCK * shape.compute_dtype.itemsize
-    pair_gradient += 4 * sampled.most_tiles(shape, pairs[0], tile) + _hidden_cast(shape)
+    pair_gradient += 4 * (starts[0] + sampled.most_tiles(shape, pairs[0], tile)) + _hidden_cast(shape)
     accumulator = 4 * shape.tokens * shape.hidden if shape.hidden_gradient else 0
     multiplying = pair_gradient + accumulator - _hidden_gradient(shape)
     rounding = 0 if shape.hidden_dtype == torch.float32 else accumulator

@@ -36,6 +36,20 @@ def pairs_of_tile(tile, starts, tile_starts, tile_blocks, TILE: tl.constexpr):
 
 
 @triton.jit
+def start_tiles_kernel(starts, tile_starts, blocks, TILE: tl.constexpr, STEP: tl.constexpr):
+    """Where each block's tiles start, and where the last one's end: prefix sums [B + 1] int32. One program."""
+    before = 0
+    tl.store(tile_starts, 0)
+    for first in range(0, blocks, STEP):
+        block = first + tl.arange(0, STEP)
+        inside = block < blocks
+        pairs = tl.load(starts + 1 + block, mask=inside, other=0) - tl.load(starts + block, mask=inside, other=0)
+        tiles = (pairs + TILE - 1) // TILE
+        tl.store(tile_starts + 1 + block, before + tl.cumsum(tiles, 0), mask=inside)
+        before += tl.sum(tiles, 0)
+
+
+@triton.jit
 def list_tiles_kernel(tile_starts, tile_blocks, STEP: tl.constexpr):
     """The block of each tile. Grid: blocks."""
     block = tl.program_id(0)

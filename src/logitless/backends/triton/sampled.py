@@ -21,6 +21,7 @@ from logitless.backends.triton.pairs import (
     pair_hidden_gradient_in_order_kernel,
     pair_hidden_gradient_kernel,
     pair_weight_gradient_kernel,
+    start_tiles_kernel,
     weighted_sums_kernel,
 )
 from logitless.backends.triton.selection import GROUP, Selection, smoothing_shares
@@ -55,7 +56,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         scan_rows(launcher, rows, ((slice(0, shape.vocabulary), None),), scratch, statistics)
         selection.add(scratch.tables, rows.start, rows.stop - rows.start, statistics)
     write_ranks(launcher, scratch, statistics)
-    return statistics.leaving(selection.listed(launcher.tile("pairs").rows))
+    return statistics.leaving(selection.listed())
 
 
 def backward(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> Gradients:
@@ -78,14 +79,20 @@ class _Grouped:
         self._problem, self._shape = problem, problem.shape
         self._device, dtype = problem.hidden.device, problem.shape.compute_dtype
         self._hidden, self._weight = problem.hidden.to(dtype), readable(problem.weight.to(dtype))
-        self._pairs, self._starts, self._tile_starts = statistics.residuals
+        self._pairs, self._starts = statistics.residuals
         index = tiles.device_index(self._device)
-        self._tile, self._sums = (tiles.tile(kind, dtype.itemsize, index) for kind in ("pairs", "pair_sums"))
+        self._tile, self._weight_tile, self._hidden_tile = (
+            tiles.tile(kind, dtype.itemsize, index) for kind in ("pairs", "pair_weight", "pair_hidden")
+        )
         self._programs = PROGRAMS * tiles.processors(index)
         self._blocks = block_count(self._shape.vocabulary)
         self._precision = fp32_precision()
         count = most_tiles(self._shape, self._pairs.shape[0], self._tile.rows)
-        self._tile_blocks = torch.empty(count, dtype=torch.int32, device=self._device)
+        self._tile_starts = torch.empty_like(self._starts)
+        self._tile_blocks = self._empty(count, dtype=torch.int32)
+        start_tiles_kernel[(1,)](
+            self._starts, self._tile_starts, self._blocks, TILE=self._tile.rows, STEP=1024, num_warps=4
+        )
         list_tiles_kernel[(self._blocks,)](self._tile_starts, self._tile_blocks, STEP=128, num_warps=1)
         self._vector = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
         self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
@@ -146,7 +153,7 @@ class _Grouped:
         d: torch.Tensor | None,  # [N]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of the weight, unless it is added to the caller's buffer, and of the bias."""
-        shape, problem, tile = self._shape, self._problem, self._sums
+        shape, problem, tile = self._shape, self._problem, self._weight_tile
         weight = bias = None
         if shape.weight_gradient and problem.main_grad is None:
             weight = self._empty(shape.vocabulary, shape.hidden, dtype=shape.weight_dtype)
@@ -174,7 +181,7 @@ class _Grouped:
             problem.head.logit_scale,
             BLOCK=BLOCK,
             BD=tile.columns,
-            BP=tile.rows,
+            BP=tile.depth,
             ADD=problem.main_grad is not None,
             WEIGHT_GRADIENT=shape.weight_gradient,
             BIAS_GRADIENT=bias is not None,
@@ -192,10 +199,10 @@ class _Grouped:
         d: torch.Tensor | None,  # [N]
     ) -> torch.Tensor:
         """[N, D] fp32 gradient of the hidden states."""
-        shape, scale = self._shape, self._problem.head.logit_scale
+        shape, scale, tile = self._shape, self._problem.head.logit_scale, self._hidden_tile
         result = torch.zeros(shape.tokens, shape.hidden, device=self._device)
         in_order = torch.are_deterministic_algorithms_enabled()
-        width = OWNED if in_order else self._sums.depth
+        width = OWNED if in_order else tile.columns
         operands = (
             described(self._weight, [BLOCK, width]),
             gradient,
@@ -213,7 +220,9 @@ class _Grouped:
             grid = (ceil_div(shape.hidden, width),)
             pair_hidden_gradient_in_order_kernel[grid](*operands, **constants, num_warps=4)
         else:
-            pair_hidden_gradient_kernel[(self._programs,)](*operands, self._programs, **constants, num_warps=4)
+            pair_hidden_gradient_kernel[(self._programs,)](
+                *operands, self._programs, **constants, num_warps=tile.warps, num_stages=tile.stages
+            )
         if d is not None:
             smoothing = self._vector if self._vector is not None else self._uniform
             result.addr_(d, self._weighted_sum(self._problem.weight, smoothing), alpha=-scale)

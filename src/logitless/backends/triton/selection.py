@@ -123,20 +123,15 @@ def count_pairs_kernel(bits, counts, groups, blocks, GROUPS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def start_blocks_kernel(counts, starts, tile_starts, blocks, TILE: tl.constexpr, STEP: tl.constexpr):
-    """Prefix sums [B + 1] int32: of the blocks' pairs, and of their tiles of TILE pairs. One program."""
-    pairs_before = 0
-    tiles_before = 0
+def start_blocks_kernel(counts, starts, blocks, STEP: tl.constexpr):
+    """Where each block's pairs start, and where the last one's end: prefix sums [B + 1] int32. One program."""
+    before = 0
     tl.store(starts, 0)
-    tl.store(tile_starts, 0)
     for first in range(0, blocks, STEP):
         block = first + tl.arange(0, STEP)
-        pairs = tl.load(counts + block, mask=block < blocks, other=0)
-        tiles = (pairs + TILE - 1) // TILE
-        tl.store(starts + 1 + block, pairs_before + tl.cumsum(pairs, 0), mask=block < blocks)
-        tl.store(tile_starts + 1 + block, tiles_before + tl.cumsum(tiles, 0), mask=block < blocks)
-        pairs_before += tl.sum(pairs, 0)
-        tiles_before += tl.sum(tiles, 0)
+        count = tl.load(counts + block, mask=block < blocks, other=0)
+        tl.store(starts + 1 + block, before + tl.cumsum(count, 0), mask=block < blocks)
+        before += tl.sum(count, 0)
 
 
 @triton.jit
@@ -190,11 +185,10 @@ STARTED_BLOCKS = 1024
 
 
 def residuals(shape: Shape) -> list[TensorForm]:
-    """Pairs, with room for as many as there can be; where each block's pairs and its tiles start."""
+    """Pairs, with room for as many as there can be; where each block's start."""
     assert shape.threshold is not None
     bound = kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold)
-    starts = ((block_count(shape.vocabulary) + 1,), torch.int32)
-    return [((bound,), torch.int32), starts, starts]
+    return [((bound,), torch.int32), ((block_count(shape.vocabulary) + 1,), torch.int32)]
 
 
 def mixed(shape: Shape) -> bool:
@@ -253,18 +247,18 @@ class Selection:
             num_warps=4,
         )
 
-    def listed(self, tile: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pairs, and where each block's pairs and its tiles of ``tile`` pairs start: see ``residuals``."""
+    def listed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pairs, and where each block's start: see ``residuals``."""
         groups, blocks = self._bits.shape
         device = self._bits.device
-        pairs, starts, tile_starts = (
+        pairs, starts = (
             torch.empty(size, dtype=dtype, device=device) for size, dtype in residuals(self._problem.shape)
         )
         counts = torch.empty(blocks, dtype=torch.int32, device=device)
         count_pairs_kernel[(ceil_div(blocks, COUNTED_BLOCKS),)](
             self._bits, counts, groups, blocks, GROUPS=COUNTED_GROUPS, BLOCKS=COUNTED_BLOCKS, num_warps=4
         )
-        start_blocks_kernel[(1,)](counts, starts, tile_starts, blocks, TILE=tile, STEP=STARTED_BLOCKS, num_warps=4)
+        start_blocks_kernel[(1,)](counts, starts, blocks, STEP=STARTED_BLOCKS, num_warps=4)
         list_pairs_kernel[(ceil_div(blocks, LISTED_BLOCKS),)](
             self._bits,
             starts,
@@ -281,4 +275,4 @@ class Selection:
             BLOCKS=LISTED_BLOCKS,
             num_warps=4,
         )
-        return pairs, starts, tile_starts
+        return pairs, starts

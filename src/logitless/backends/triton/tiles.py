@@ -4,9 +4,9 @@ Constraints that every entry must meet:
 
 - ``columns`` is the same for the kernels ``scan``, ``store`` and ``window`` of one generation and operand width: the
   table of block sums is made by one kernel and read by another. It is a multiple of ``options.BLOCK``.
-- ``pairs`` are tiles of gathered rows by one block, so its ``columns`` are ``options.BLOCK``. ``pair_sums`` are the two
-  products of such tiles' gradients: ``rows`` pairs at a time give ``columns`` of the hidden size of the weight's
-  gradient, and a tile of pairs gives ``depth`` of that of the hidden states'.
+- Of the products over pairs one side is a block of the vocabulary: ``pairs`` has ``rows`` pairs by a block,
+  ``pair_weight`` a block by ``columns`` of the hidden size in steps of ``depth`` pairs, and ``pair_hidden`` the rows of
+  ``pairs`` by ``columns`` of the hidden size. The sizes not named here are not free.
 - Operands of ``stages`` steps, and the tile that a storing kernel stages, fit shared memory (227 KiB on Hopper).
 - ``depth`` times the operands' width is at least 64 bytes, the row of a shared-memory bank pattern.
 """
@@ -18,14 +18,16 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from triton import knobs
 
-Kind = Literal["scan", "store", "window", "pairs", "pair_sums"]
+from logitless.options import BLOCK
 
-KINDS: tuple[Kind, ...] = ("scan", "store", "window", "pairs", "pair_sums")
+Kind = Literal["scan", "store", "window", "pairs", "pair_weight", "pair_hidden"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 TUNED_FILE = "LOGITLESS_TILES"
 """Environment variable that names a table written by ``logitless tune``."""
@@ -59,21 +61,23 @@ TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
             "scan": Tile(128, 256, 64, 32, 8, 4),
             "store": Tile(128, 256, 64, 32, 8, 3),
             "window": Tile(128, 256, 64, 32, 8, 3),
-            "pairs": Tile(64, 128, 64, 1, 4, 4),
-            "pair_sums": Tile(64, 256, 128, 1, 8, 3),
+            "pairs": Tile(64, BLOCK, 64, 1, 4, 4),
+            "pair_weight": Tile(BLOCK, 256, 64, 1, 8, 3),
+            "pair_hidden": Tile(64, 128, BLOCK, 1, 4, 3),
         },
         4: {
             "scan": Tile(128, 128, 32, 16, 8, 3),
             "store": Tile(128, 128, 32, 16, 8, 2),
             "window": Tile(128, 128, 32, 16, 8, 2),
-            "pairs": Tile(64, 128, 32, 1, 4, 3),
-            "pair_sums": Tile(32, 128, 64, 1, 8, 2),
+            "pairs": Tile(64, BLOCK, 32, 1, 4, 3),
+            "pair_weight": Tile(BLOCK, 128, 32, 1, 8, 2),
+            "pair_hidden": Tile(64, 64, BLOCK, 1, 8, 2),
         },
     },
     # Other GPUs: small enough for 99 KiB of shared memory. Not measured.
     "other": {
-        2: dict.fromkeys(KINDS, Tile(64, 128, 32, 8, 4, 3)),
-        4: dict.fromkeys(KINDS, Tile(64, 128, 16, 8, 8, 2)),
+        2: {**dict.fromkeys(KINDS, Tile(64, 128, 32, 8, 4, 3)), "pair_hidden": Tile(64, 64, BLOCK, 1, 4, 2)},
+        4: {**dict.fromkeys(KINDS, Tile(64, 128, 16, 8, 8, 2)), "pair_hidden": Tile(64, 32, BLOCK, 1, 8, 2)},
     },
     # Triton's interpreter: several tiles even of small problems.
     "interpreter": {
