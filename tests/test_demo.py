@@ -24,6 +24,7 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 
 from logitless.cli import main
+from logitless.demo import heads
 from logitless.demo.checkpoint import atomic_write, load_checkpoint, save_checkpoint, truncate_log
 from logitless.demo.comparison import run_demo
 from logitless.demo.config import ModelConfig, TrainConfig
@@ -326,10 +327,12 @@ class TestCheckpoint:
 class TestTraining:
     """`logitless train`: a run goes on as if it had never been stopped."""
 
-    @pytest.mark.parametrize("head", ["two-stage", "exact", "sampled"])
-    def test_resuming_changes_nothing(self, text, tmp_path, head, monkeypatch):
+    @pytest.mark.parametrize(
+        ("head", "optimizer"), [("two-stage", "adamw"), ("exact", "adamw"), ("sampled", "adamw"), ("exact", "sgd")]
+    )
+    def test_resuming_changes_nothing(self, text, tmp_path, head, optimizer, monkeypatch):
         """A run that dies two steps past its checkpoint ends with the losses of one that never died, bit for bit."""
-        assert train(tmp_path / "whole", text, head=head) == 0
+        assert train(tmp_path / "whole", text, head=head, optimizer=optimizer) == 0
         advance = Trainer.advance
 
         def dying(self):
@@ -340,7 +343,7 @@ class TestTraining:
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "advance", dying)
             with pytest.raises(KeyboardInterrupt):
-                train(tmp_path / "cut", text, head=head)
+                train(tmp_path / "cut", text, head=head, optimizer=optimizer)
         assert len(log_of(tmp_path / "cut")) == 7
         assert train(tmp_path / "cut", text, resume=True) == 0
         assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
@@ -409,6 +412,33 @@ class TestTraining:
             losses = [line["loss"] for line in log_of(tmp_path / head)]
             assert losses[0] == pytest.approx(np.log(VOCABULARY), abs=0.1)
             assert losses[-1] < 3.5
+
+    def test_sgd(self, text, corpus, tmp_path):
+        """With plain momentum and the weight decay on matrices only, it learns at a rate of its own."""
+        train(tmp_path / "run", text, optimizer="sgd", steps=60, learning_rate=0.5, weight_decay=0.0)
+        assert log_of(tmp_path / "run")[-1]["loss"] < 4.0
+        with ResidentMemory() as meter:
+            matrices, vectors = Trainer(replace(TINY, optimizer="sgd"), corpus, meter).optimizer.param_groups
+        assert (matrices["momentum"], matrices["nesterov"]) == (0.9, False)
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+
+    def test_compiled_is_two_stage(self, text, tmp_path, monkeypatch):
+        """The same function, here as a graph whose operations run one by one: generating code takes half a minute."""
+        compiled = torch.compile(heads.two_stage, backend="eager", fullgraph=True)
+        monkeypatch.setattr(heads, "_compiled", lambda: compiled)
+        train(tmp_path / "two-stage", text, head="two-stage", steps=3)
+        train(tmp_path / "compiled", text, head="compiled", steps=3)
+        assert losses_of(tmp_path / "compiled") == losses_of(tmp_path / "two-stage")
+
+    @pytest.mark.parametrize("head", ["exact", "sampled"])
+    def test_held_out_losses_are_exact(self, corpus, head):
+        """One a token, and their mean is the held-out loss, by whichever head."""
+        with ResidentMemory() as meter:
+            trainer = Trainer(replace(TINY, head=head), corpus, meter)
+            trainer.advance()
+            nll = trainer.held_out_nll()
+        assert nll.shape == (TINY.eval_tokens,)
+        assert nll.mean().item() == pytest.approx(trainer.held_out_loss(), rel=1e-6)
 
     def test_bfloat16(self, text, tmp_path):
         """Products in bfloat16 train too, on a CPU as well."""

@@ -11,14 +11,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from logitless.demo.config import TrainConfig, add_flags, given_flags
+from logitless.demo.config import TrainConfig, add_flags, given_flags, with_flags
 from logitless.demo.errors import InputError
+from logitless.demo.study import FIXED, RUNS, SGD_LEARNING_RATE, STUDY
 
 if TYPE_CHECKING:
     Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 DEMO_MODULES = ("matplotlib", "mistral_common", "numpy", "psutil", "rich")
 BENCH_MODULES = ("matplotlib", "psutil", "rich")
+CONVERGE_MODULES = ("matplotlib", "numpy", "psutil", "rich")
+PREPARE_MODULES = ("mistral_common", "numpy", "rich")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subcommands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
     _add_demo(subcommands)
     _add_train(subcommands)
+    _add_converge(subcommands)
     _add_bench(subcommands)
     _add_plan(subcommands)
     _add_tune(subcommands)
@@ -95,6 +99,59 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run_dir = arguments.resume or arguments.run_dir or _new_run_dir("train")
     return run_training(given_flags(arguments), run_dir, arguments.resume is not None, TrainConfig(), Console())
+
+
+def _add_converge(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "converge",
+        help="train with the exact and with the sampled gradient, and compare how they converge",
+        description="Trains the same decoder with the exact and with the sampled gradient, at several thresholds and "
+        "seeds, and writes a file for each run, a summary and figures. Started again it goes on with the runs that "
+        "have no file yet. A run named NAME-1 adds 1 to the seed. First make the tokens: --prepare.",
+    )
+    parser.add_argument("--tokens", type=Path, required=True, metavar="FILE", help=".npz file of the tokens")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--output", type=Path, metavar="DIR", help="folder for the results")
+    task.add_argument(
+        "--prepare", type=Path, metavar="DIR", help="make the file of tokens from train.txt and val.txt in this folder"
+    )
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), metavar="NAME", help=f"default: {' '.join(RUNS)}")
+    parser.add_argument(
+        "--sgd-learning-rate",
+        type=float,
+        default=SGD_LEARNING_RATE,
+        metavar="X",
+        help=f"highest learning rate of the runs with SGD (default: {SGD_LEARNING_RATE})",
+    )
+    parser.add_argument(
+        "--compile-body",
+        action=argparse.BooleanOptionalAction,
+        help="run the decoder, without its head, through torch.compile (default: on a GPU)",
+    )
+    add_flags(parser, STUDY, without=FIXED)
+    parser.set_defaults(run=_converge)
+
+
+def _converge(arguments: argparse.Namespace) -> int:
+    _require_extra("demo", PREPARE_MODULES if arguments.prepare else CONVERGE_MODULES)
+    from rich.console import Console
+
+    if arguments.prepare:
+        from logitless.demo.tokens import prepare_tokens
+
+        return prepare_tokens(arguments.prepare, arguments.tokens, Console())
+
+    from logitless.demo.convergence import StudyConfig, run_study
+
+    study = StudyConfig(
+        tokens=arguments.tokens,
+        output=arguments.output,
+        base=with_flags(STUDY, given_flags(arguments)),
+        runs=tuple(arguments.runs),
+        sgd_learning_rate=arguments.sgd_learning_rate,
+        compile_body=arguments.compile_body,
+    )
+    return run_study(study, shlex.join(["logitless", *sys.argv[1:]]), Console())
 
 
 def _add_bench(subcommands: Subcommands) -> None:

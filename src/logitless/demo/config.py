@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from logitless.demo.errors import InputError
 
-HeadKind = Literal["two-stage", "exact", "sampled"]
+HeadKind = Literal["two-stage", "exact", "sampled", "compiled"]
+Optimizer = Literal["adamw", "sgd"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
+HEAD_KINDS: tuple[HeadKind, ...] = ("two-stage", "exact", "sampled")  # that `logitless demo` compares
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,19 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     text: Annotated[str | None, "file, folder or glob to learn from (default: Python's own standard library)"] = None
-    head: Annotated[HeadKind, "two-stage: with logits; exact: without; sampled: without, sampled gradient"] = "exact"
+    head: Annotated[
+        HeadKind,
+        "two-stage: with logits; exact: without; sampled: without, sampled gradient; "
+        "compiled: two-stage under torch.compile",
+    ] = "exact"
     threshold: Annotated[float, "sampled head: softmax mass from which a block of tokens is always kept"] = 1 / 64
     steps: Annotated[int, "optimiser steps"] = 1000
     batch: Annotated[int, "sequences a step"] = 8
     sequence: Annotated[int, "tokens a sequence"] = 128
+    optimizer: Annotated[Optimizer, "adamw, or sgd with momentum"] = "adamw"
     learning_rate: Annotated[float, "highest learning rate"] = 2e-3
     warmup: Annotated[int, "steps of linear warm-up, before a cosine down to a tenth of the highest rate"] = 20
-    weight_decay: Annotated[float, "AdamW's weight decay, on matrices only"] = 0.1
+    weight_decay: Annotated[float, "weight decay, on matrices only; decoupled in adamw, coupled in sgd"] = 0.1
     gradient_clip: Annotated[float, "largest norm of the gradient; 0 for no limit"] = 1.0
     seed: Annotated[int, "seed of the weights, of the order of the text and of the sampled gradient"] = 0
     device: Annotated[Device, "auto: a GPU where there is one"] = "auto"

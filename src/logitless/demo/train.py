@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import logitless
 from logitless.demo.config import TrainConfig
 from logitless.demo.data import WEIGHT_STREAM, Corpus, derived_seed, held_out_batches, training_batch
 from logitless.demo.errors import InputError
@@ -18,6 +21,7 @@ from logitless.demo.memory import MemoryMeter
 from logitless.demo.model import Decoder
 
 LOWEST_RATE = 0.1  # of the highest, at the end of the cosine
+MOMENTUM = 0.9  # of SGD
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -84,9 +88,10 @@ class Trainer:
         config: the settings, with device and dtype resolved.
         corpus: the tokens.
         meter: a started memory meter.
+        compile_body: whether the decoder runs through torch.compile; the head is left as it is.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, meter: MemoryMeter) -> None:
+    def __init__(self, config: TrainConfig, corpus: Corpus, meter: MemoryMeter, compile_body: bool = False) -> None:
         self.config = config
         self.corpus = corpus
         self.meter = meter
@@ -94,14 +99,8 @@ class Trainer:
         self._base_bytes = meter.level()
         seed = derived_seed(config.seed, WEIGHT_STREAM, 0)
         self.model = Decoder(config.model, corpus.vocabulary, seed).to(config.device)
-        matrices = [parameter for parameter in self.model.parameters() if parameter.dim() >= 2]
-        others = [parameter for parameter in self.model.parameters() if parameter.dim() < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        self._body = torch.compile(self.model, dynamic=False) if compile_body else self.model
+        self.optimizer = _make_optimizer(config, self.model)
 
     def advance(self) -> StepRecord:
         """Does one step.
@@ -111,15 +110,15 @@ class Trainer:
         """
         config, meter = self.config, self.meter
         meter.reset()
-        began = self._now()
+        clock = _Clock(config.device)
         inputs, target = training_batch(
             self.corpus.train, config.seed, self.step, config.batch, config.sequence
         )  # fmt: skip
         inputs, target = inputs.to(config.device), target.to(config.device)
 
-        body_began = self._now()
+        clock.mark()
         hidden = self._hidden(inputs)
-        head_began = self._now()
+        clock.mark()
         body_peak, head_level = meter.peak(), meter.level()
         meter.reset()
 
@@ -127,12 +126,12 @@ class Trainer:
         features = hidden.detach().requires_grad_()
         loss = head_loss(features, self._head_weight(), target.flatten(), self.step, config)
         loss.backward()
-        head_ended = self._now()
+        clock.mark()
         head_peak = meter.peak()
         meter.reset()
 
         hidden.backward(features.grad)
-        body_ended = self._now()
+        clock.mark()
         if not math.isfinite(loss.item()):
             raise InputError(
                 f"the loss of step {self.step + 1} is {loss.item()}: lower --learning-rate or set --gradient-clip"
@@ -145,18 +144,19 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        ended = self._now()
+        clock.mark()
 
         self.step += 1
+        batch, forward, head, backward, optimizer = clock.seconds()
         return StepRecord(
             step=self.step,
             loss=loss.item(),
             learning_rate=rate,
             gradient_norm=norm.item(),
-            seconds=ended - began,
-            body_seconds=(head_began - body_began) + (body_ended - head_ended),
-            head_seconds=head_ended - head_began,
-            optimizer_seconds=ended - body_ended,
+            seconds=batch + forward + head + backward + optimizer,
+            body_seconds=forward + backward,
+            head_seconds=head,
+            optimizer_seconds=optimizer,
             peak_bytes=max(body_peak, head_peak, meter.peak()) - self._base_bytes,
             head_bytes=head_peak - head_level,
         )
@@ -164,16 +164,22 @@ class Trainer:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Returns the mean loss over the held-out text, by the run's own head."""
-        config = self.config
         total, count = 0.0, 0
-        for inputs, target in held_out_batches(
-            self.corpus.held_out, config.eval_tokens, config.batch, config.sequence
-        ):  # fmt: skip
-            hidden = self._hidden(inputs.to(config.device))
-            target = target.flatten().to(config.device)
-            total += len(target) * head_loss(hidden, self._head_weight(), target, self.step, config).item()
+        for hidden, target in self._held_out():
+            total += len(target) * head_loss(hidden, self._head_weight(), target, self.step, self.config).item()
             count += len(target)
         return total / count
+
+    @torch.no_grad()
+    def held_out_nll(self) -> Tensor:
+        """Returns the loss of each held-out token `[tokens]`, float32 on the CPU, exact whatever the run's head."""
+        weight = self._head_weight()
+        return torch.cat(
+            [
+                logitless.linear_cross_entropy(hidden, weight, target, reduction="none").cpu()
+                for hidden, target in self._held_out()
+            ]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that the next step depends on, besides the settings and the text."""
@@ -196,12 +202,49 @@ class Trainer:
         """Maps token ids `[B, T]` to hidden states `[B * T, D]` in the type of the products."""
         dtype = DTYPES[self.config.dtype]
         with torch.autocast(self.config.device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return self.model(inputs).flatten(0, 1).to(dtype)
+            return self._body(inputs).flatten(0, 1).to(dtype)
+
+    def _held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields hidden states `[N, D]` and targets `[N]` of each batch of the held-out text."""
+        config = self.config
+        for inputs, target in held_out_batches(
+            self.corpus.held_out, config.eval_tokens, config.batch, config.sequence
+        ):  # fmt: skip
+            yield self._hidden(inputs.to(config.device)), target.flatten().to(config.device)
 
     def _head_weight(self) -> Tensor:
         return self.model.head_weight.to(DTYPES[self.config.dtype])
 
-    def _now(self) -> float:
-        if self.config.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+class _Clock:
+    """Moments of a step, the first when it is made. On a GPU they are events, so that the host can run ahead."""
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device == "cuda"
+        self._moments: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        """Notes the end of a section."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._moments.append(event)
+        else:
+            self._moments.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Returns how long each section took; waits for the last to end."""
+        if self._on_gpu:
+            self._moments[-1].synchronize()
+            return [began.elapsed_time(ended) / 1e3 for began, ended in pairwise(self._moments)]
+        return [ended - began for began, ended in pairwise(self._moments)]
+
+
+def _make_optimizer(config: TrainConfig, model: Decoder) -> torch.optim.Optimizer:
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=MOMENTUM, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)

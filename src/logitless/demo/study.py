@@ -1,0 +1,75 @@
+"""What the convergence study trains: its runs by name, and the settings they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from logitless.demo.config import HeadKind, ModelConfig, Optimizer, TrainConfig
+
+STUDY = TrainConfig(
+    model=ModelConfig(hidden=768, layers=6, heads=12),
+    steps=2000,
+    batch=16,
+    sequence=512,
+    learning_rate=1e-3,
+    warmup=100,
+    eval_tokens=131_072,
+)
+# Settings that differ between runs or have no meaning here.
+FIXED = ("text", "head", "threshold", "optimizer", "checkpoint_every")
+SGD_LEARNING_RATE = 0.5
+TIMED_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one run differs from the others.
+
+    Attributes:
+        head: which head it trains with.
+        seed: added to the study's seed.
+        threshold: of the sampled head.
+        optimizer: sgd takes the study's rate for it, and no weight decay.
+        timed: a short run for the time of a step alone, whose loss is compared with nothing.
+    """
+
+    head: HeadKind
+    seed: int = 0
+    threshold: float = 1 / 64
+    optimizer: Optimizer = "adamw"
+    timed: bool = False
+
+    def config(self, base: TrainConfig, sgd_learning_rate: float) -> TrainConfig:
+        """Returns the run's settings, made of those all runs share and the learning rate of SGD."""
+        config = replace(
+            base, head=self.head, threshold=self.threshold, optimizer=self.optimizer, seed=base.seed + self.seed
+        )
+        if self.optimizer == "sgd":
+            # Coupled decay shrinks weights by rate * decay / (1 - momentum) a step: by half at 0.5, 0.1 and 0.9.
+            config = replace(config, learning_rate=sgd_learning_rate, weight_decay=0.0)
+        return replace(config, steps=min(config.steps, TIMED_STEPS)) if self.timed else config
+
+
+# In the order they run: what is compared most comes first.
+RUNS = {
+    "exact-0": Run("exact"),
+    "sampled-64-0": Run("sampled"),
+    "exact-1": Run("exact", seed=1),
+    "sampled-64-1": Run("sampled", seed=1),
+    "compiled-0": Run("compiled", timed=True),
+    "sampled-16-0": Run("sampled", threshold=1 / 16),
+    "sampled-32-0": Run("sampled", threshold=1 / 32),
+    "sampled-128-0": Run("sampled", threshold=1 / 128),
+    "sgd-exact-0": Run("exact", optimizer="sgd"),
+    "sgd-sampled-64-0": Run("sampled", optimizer="sgd"),
+}
+
+
+def pairing(name: str, other: str) -> str | None:
+    """Returns what alone sets a run apart from the one it is held against: "seed", "gradient", or None if neither."""
+    run, reference = RUNS[name], RUNS[other]
+    if run.timed or reference.timed or run.optimizer != reference.optimizer:
+        return None
+    if (run.head, run.threshold) == (reference.head, reference.threshold) and run.seed > reference.seed:
+        return "seed"
+    return "gradient" if (run.head, reference.head, run.seed) == ("sampled", "exact", reference.seed) else None
