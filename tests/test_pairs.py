@@ -20,7 +20,7 @@ from torch import Tensor
 import logitless
 from kernels import DEVICE, Head
 from logitless.backends.contract import Problem
-from logitless.backends.triton import tiles
+from logitless.backends.triton import selection, tiles
 from logitless.backends.triton.dense import new_statistics
 from logitless.backends.triton.launch import Tables, table_rows
 from logitless.backends.triton.pairs import list_tiles_kernel, start_tiles_kernel
@@ -84,14 +84,14 @@ def select(
     statistics = replace(
         new_statistics(problem), logsumexp=torch.full((ROWS,), -shift * LOG2, dtype=torch.float32, device=DEVICE)
     )
-    selection, start = Selection(problem, rows), 0
+    selected, start = Selection(problem, rows), 0
     packed = log_masses.to(DEVICE)[:, rows.order.long()]
     for size in chunks:
         table = torch.zeros(BLOCKS, table_rows(size), device=DEVICE)
         table[:, :size] = packed[:, start : start + size]
-        selection.add(Tables(table, None, None, None, None), start, size, statistics)
+        selected.add(Tables(table, None, None, None, None), start, size, statistics)
         start += size
-    left = selection.listed()
+    left = selected.listed()
     pairs, starts = (tensor.cpu() for tensor in left)
     coded = [pairs[first:end].tolist() for first, end in itertools.pairwise(starts)]
     return [[(code & 0x7FFFFFFF, code < 0) for code in block] for block in coded], left
@@ -148,6 +148,15 @@ def test_rows_that_do_not_count_list_nothing(counted):
 def test_chunks_do_not_matter(chunks):
     problem, log_masses = problem_of(1 / 16, "some"), exponents("steep")
     assert select(problem, log_masses, chunks=chunks)[0] == expected(problem, log_masses)
+
+
+def test_steps_do_not_matter(monkeypatch):
+    """However many blocks and rows the kernels take at a time."""
+    sizes = {"SELECTED_BLOCKS": 16, "COUNTED_GROUPS": 1, "COUNTED_BLOCKS": 8, "LISTED_GROUPS": 2, "STARTED_BLOCKS": 16}
+    for name, size in sizes.items():
+        monkeypatch.setattr(selection, name, size)
+    problem, log_masses = problem_of(1 / 16, "some"), exponents("steep")
+    assert select(problem, log_masses)[0] == expected(problem, log_masses)
 
 
 @pytest.mark.parametrize("threshold", [1 / 4, 1 / 32])

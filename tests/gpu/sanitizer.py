@@ -47,6 +47,7 @@ def main() -> None:
         with force_strategy(**sizes):
             for given in ({}, {**options, "linear_bias": bias}):
                 logitless.linear_cross_entropy(hidden, weight, target, backend="triton", **given).backward()
+    sample(hidden, weight, target, {**options, "linear_bias": bias})
     if not initcheck:
         recompute(hidden, weight, target, bias)
     with torch.no_grad(), force_strategy("loss_only", rows=120):
@@ -54,6 +55,15 @@ def main() -> None:
         logitless.token_statistics(hidden, weight, target, outputs=TOKEN_OUTPUTS, backend="triton")
     torch.cuda.synchronize()
     print("sanitized")
+
+
+def sample(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, options: dict) -> None:
+    """The sampled gradient; the second time with the hidden states' added up in order."""
+    for given, in_order in (({}, False), (options, True)):
+        torch.use_deterministic_algorithms(in_order, warn_only=True)
+        gradient = logitless.Sampled(1 / 8)
+        logitless.linear_cross_entropy(hidden, weight, target, backend="triton", gradient=gradient, **given).backward()
+    torch.use_deterministic_algorithms(False)
 
 
 def recompute(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor) -> None:
