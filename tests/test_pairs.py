@@ -221,8 +221,8 @@ def test_room_is_that_of_the_plan():
 
 
 def sampled_gradients(**options) -> dict[str, Tensor]:
-    """Loss and gradients of a problem whose blocks have many pairs, few and none."""
-    problem = random_problem(90, 24, BLOCK * 5 + 60).to(torch.float32).with_options(reduction="sum", **options)
+    """Loss and gradients of a problem whose blocks have many pairs, few and none; two slices of the hidden size."""
+    problem = random_problem(90, 40, BLOCK * 5 + 60).to(torch.float32).with_options(reduction="sum", **options)
     problem.target[::9] = -100
     problem = problem.map(lambda tensor: tensor.to(DEVICE))
     return loss_and_gradients(
@@ -259,7 +259,7 @@ def test_tiles_of_pairs_do_not_matter(monkeypatch):
 def test_gradients_wanted_alone(frozen):
     """With one input frozen the other's gradient is the same."""
     together = sampled_gradients()
-    problem = random_problem(90, 24, BLOCK * 5 + 60).to(torch.float32).with_options(reduction="sum")
+    problem = random_problem(90, 40, BLOCK * 5 + 60).to(torch.float32).with_options(reduction="sum")
     problem.target[::9] = -100
     problem = replace(problem, **{frozen: getattr(problem, frozen).detach()}).map(lambda tensor: tensor.to(DEVICE))
     alone = loss_and_gradients(

@@ -83,8 +83,8 @@ def _candidates(kind: Any, built_in: Any) -> Iterator[Any]:
         for columns, depth, warps, stages in itertools.product((128, 256), DEPTHS, WARPS, STAGES):
             yield replace(built_in, columns=columns, depth=depth, warps=warps, stages=stages)
     elif kind == "pair_hidden":
-        for columns, warps, stages in itertools.product((32, 64, 128, 256), WARPS, STAGES):
-            yield replace(built_in, columns=columns, warps=warps, stages=stages)
+        for columns, group, warps, stages in itertools.product((32, 64, 128), (2, 4, 8, 64), WARPS, (2, 3)):
+            yield replace(built_in, columns=columns, group=group, warps=warps, stages=stages)
     else:
         for rows, group, stages in itertools.product(ROWS, GROUPS, STAGES):
             warps = built_in.warps * rows // 128

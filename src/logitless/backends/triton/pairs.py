@@ -236,20 +236,25 @@ def pair_hidden_gradient_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     BD: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of the hidden states of all pairs, added to their rows.
 
-    Grid: ``programs`` persistent programs, each a walk over tiles. A row is added to by several programs at once, in no
-    order that is known: two runs differ in the last bits of fp32.
+    Grid: ``programs`` persistent programs, each a walk over tiles, and over slices of GROUP times BD columns of the
+    hidden size, one after the other: what is added to at a time fits in L2. A row is added to by several programs at
+    once, in no order that is known: two runs differ in the last bits of fp32.
     """
-    for tile in tl.range(tl.program_id(0), tl.load(tile_starts + blocks), programs):  # pyright: ignore
+    tiles = tl.load(tile_starts + blocks)
+    slices = tl.cdiv(hidden_size, GROUP * BD)
+    for unit in tl.range(tl.program_id(0), tiles * slices, programs):  # pyright: ignore
+        tile, first = unit % tiles, unit // tiles * (GROUP * BD)
         block, place, valid = pairs_of_tile(tile, starts, tile_starts, tile_blocks, TILE)  # pyright: ignore
         row = tl.load(pairs + place, mask=valid, other=0) & 0x7FFFFFFF
         entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         dz = tl.load(gradient + entry, mask=valid[:, None], other=0.0)
         target = result + row.to(tl.int64)[:, None] * hidden_size
-        for k in range(0, hidden_size, BD):
+        for k in range(first, tl.minimum(first + GROUP * BD, hidden_size), BD):
             depth = k + tl.arange(0, BD)
             part = multiply_add(dz, weight.load([block * BLOCK, k]).T, tl.zeros((TILE, BD), tl.float32), PRECISION)
             inside = valid[:, None] & (depth < hidden_size)[None, :]

@@ -221,7 +221,7 @@ class _Grouped:
             pair_hidden_gradient_in_order_kernel[grid](*operands, **constants, num_warps=4)
         else:
             pair_hidden_gradient_kernel[(self._programs,)](
-                *operands, self._programs, **constants, num_warps=tile.warps, num_stages=tile.stages
+                *operands, self._programs, **constants, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages
             )
         if d is not None:
             smoothing = self._vector if self._vector is not None else self._uniform

@@ -6,7 +6,7 @@ Constraints that every entry must meet:
   table of block sums is made by one kernel and read by another. It is a multiple of ``options.BLOCK``.
 - Of the products over pairs one side is a block of the vocabulary: ``pairs`` has ``rows`` pairs by a block,
   ``pair_weight`` a block by ``columns`` of the hidden size in steps of ``depth`` pairs, and ``pair_hidden`` the rows of
-  ``pairs`` by ``columns`` of the hidden size. The sizes not named here are not free.
+  ``pairs`` by ``columns`` of the hidden size, ``group`` times before the next tile. What is not named is not free.
 - Operands of ``stages`` steps, and the tile that a storing kernel stages, fit shared memory (227 KiB on Hopper).
 - ``depth`` times the operands' width is at least 64 bytes, the row of a shared-memory bank pattern.
 """
@@ -64,7 +64,7 @@ TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
             # Of these two or three programs fit a multiprocessor, since most have few steps. Not measured.
             "pairs": Tile(64, BLOCK, 64, 1, 4, 3),
             "pair_weight": Tile(BLOCK, 128, 64, 1, 4, 3),
-            "pair_hidden": Tile(64, 64, BLOCK, 1, 4, 2),
+            "pair_hidden": Tile(64, 64, BLOCK, 4, 4, 2),
         },
         4: {
             "scan": Tile(128, 128, 32, 16, 8, 3),
@@ -72,18 +72,22 @@ TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
             "window": Tile(128, 128, 32, 16, 8, 2),
             "pairs": Tile(64, BLOCK, 32, 1, 4, 3),
             "pair_weight": Tile(BLOCK, 128, 32, 1, 8, 2),
-            "pair_hidden": Tile(64, 64, BLOCK, 1, 8, 2),
+            "pair_hidden": Tile(64, 64, BLOCK, 4, 8, 2),
         },
     },
     # Other GPUs: small enough for 99 KiB of shared memory. Not measured.
     "other": {
-        2: {**dict.fromkeys(KINDS, Tile(64, 128, 32, 8, 4, 3)), "pair_hidden": Tile(64, 64, BLOCK, 1, 4, 2)},
-        4: {**dict.fromkeys(KINDS, Tile(64, 128, 16, 8, 8, 2)), "pair_hidden": Tile(64, 32, BLOCK, 1, 8, 2)},
+        2: {**dict.fromkeys(KINDS, Tile(64, 128, 32, 8, 4, 3)), "pair_hidden": Tile(64, 64, BLOCK, 4, 4, 2)},
+        4: {**dict.fromkeys(KINDS, Tile(64, 128, 16, 8, 8, 2)), "pair_hidden": Tile(64, 32, BLOCK, 4, 8, 2)},
     },
     # Triton's interpreter: several tiles even of small problems.
     "interpreter": {
-        2: dict.fromkeys(KINDS, Tile(16, 128, 16, 2, 4, 1)),
-        4: dict.fromkeys(KINDS, Tile(16, 128, 16, 2, 4, 1)),
+        itemsize: {
+            **dict.fromkeys(KINDS, Tile(16, 128, 16, 2, 4, 1)),
+            "pair_weight": Tile(BLOCK, 32, 16, 1, 4, 1),
+            "pair_hidden": Tile(16, 16, BLOCK, 2, 4, 1),
+        }
+        for itemsize in (2, 4)
     },
 }
 
