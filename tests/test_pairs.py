@@ -35,7 +35,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS, VOCABULARY = 70, BLOCK * 90 + 5
 BLOCKS = block_count(VOCABULARY)
-tile_of = tiles.tile
 LOG2 = math.log(2)
 
 
@@ -220,14 +219,15 @@ def test_room_is_that_of_the_plan():
 # --- the products over pairs ------------------------------------------------------------------------------------------
 
 
-def sampled_gradients(**options) -> dict[str, Tensor]:
+def sampled_gradients(frozen: str | None = None, **options) -> dict[str, Tensor]:
     """Loss and gradients of a problem whose blocks have many pairs, few and none; two slices of the hidden size."""
     problem = random_problem(90, 40, BLOCK * 5 + 60).to(torch.float32).with_options(reduction="sum", **options)
     problem.target[::9] = -100
-    problem = problem.map(lambda tensor: tensor.to(DEVICE))
+    if frozen is not None:
+        problem = replace(problem, **{frozen: getattr(problem, frozen).detach()})
     return loss_and_gradients(
         logitless.linear_cross_entropy,
-        problem,
+        problem.map(lambda tensor: tensor.to(DEVICE)),
         backend="triton",
         gradient=logitless.Sampled(1 / 2, generator=generator(2)),
     )
@@ -246,28 +246,22 @@ def test_order_of_additions_hardly_matters(options, request):
 
 
 def test_tiles_of_pairs_do_not_matter(monkeypatch):
-    """Whether a block's pairs fit one tile or fill several."""
-    several = sampled_gradients()
-    wide = {kind: replace(tiles.tile(kind, 4, None), rows=256) for kind in ("pairs",)}
-    monkeypatch.setattr(tiles, "tile", lambda kind, itemsize, index: wide.get(kind) or tile_of(kind, itemsize, index))
-    one = sampled_gradients()
-    for name, value in several.items():
-        assert (one[name] - value).norm() <= 8 * torch.finfo(torch.float32).eps * value.norm(), name
+    """Whether tiles are of so many pairs or of twice as many."""
+    tile_of, expected = tiles.tile, sampled_gradients()
+
+    def twice(kind: tiles.Kind, itemsize: int, index: int | None) -> tiles.Tile:
+        tile = tile_of(kind, itemsize, index)
+        return replace(tile, rows=2 * tile.rows) if kind == "pairs" else tile
+
+    monkeypatch.setattr(tiles, "tile", twice)
+    for name, value in sampled_gradients().items():
+        assert (value - expected[name]).norm() <= 8 * torch.finfo(torch.float32).eps * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("frozen", ["input", "linear_weight"])
 def test_gradients_wanted_alone(frozen):
     """With one input frozen the other's gradient is the same."""
-    together = sampled_gradients()
-    problem = random_problem(90, 40, BLOCK * 5 + 60).to(torch.float32).with_options(reduction="sum")
-    problem.target[::9] = -100
-    problem = replace(problem, **{frozen: getattr(problem, frozen).detach()}).map(lambda tensor: tensor.to(DEVICE))
-    alone = loss_and_gradients(
-        logitless.linear_cross_entropy,
-        problem,
-        backend="triton",
-        gradient=logitless.Sampled(1 / 2, generator=generator(2)),
-    )
+    together, alone = sampled_gradients(), sampled_gradients(frozen)
     assert alone.keys() == together.keys() - {frozen}
     for name, value in alone.items():
         torch.testing.assert_close(value, together[name], rtol=1e-5, atol=1e-6)

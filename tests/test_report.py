@@ -91,6 +91,12 @@ def test_refusals():
         report(problem, gradient="exact")
     with pytest.raises(ValueError, match="draws must be at least 2, got 1"):
         report(problem, draws=1)
+    with pytest.raises(ValueError, match="softcap"):
+        report(problem, softcap=0.0)
+    stray = problem.target.clone()
+    stray[3] = VOCABULARY
+    with pytest.raises(ValueError, match=str(VOCABULARY)):
+        logitless.sampling_report(problem.input, problem.linear_weight, stray)
     problem.target[1:] = -100
     with pytest.raises(ValueError, match="at least two tokens that count, got 1"):
         report(problem)

@@ -129,14 +129,16 @@ def sampling_report(
         The report. Errors are relative root mean squares, without unit.
 
     Raises:
-        TypeError, ValueError: as ``linear_cross_entropy``; for fewer than two draws; or for fewer than two tokens that
-            count, of which no halves can be compared.
+        TypeError, ValueError: as ``linear_cross_entropy``, and for a target out of range on any device; for fewer than
+            two draws; or for fewer than two tokens that count, of which no halves can be compared.
     """
     sampled = Sampled() if gradient is None else gradient
     if not isinstance(sampled, Sampled):
         raise TypeError(f"gradient must be a logitless.Sampled or None, got {type(gradient).__name__}")
     validation.check_size("draws", draws, least=2)
     validation.check_head(input, linear_weight, target, linear_bias)
+    validation.check_index("ignore_index", ignore_index)
+    validation.check_targets_in_range(target.detach().reshape(-1).long(), linear_weight.shape[0], ignore_index)
     with torch.no_grad():
         counted = (target != ignore_index).reshape(-1).nonzero()[:, 0]
     if len(counted) < 2:
@@ -156,6 +158,7 @@ def sampling_report(
         workspace=workspace,
         backend=backend,
     )
+    noise = _noise(loss, leaves, target, counted, ignore_index, sampled, draws)  # first: it checks the other arguments
     logits = partial(_logits, leaves, softcap=softcap, logit_scale=logit_scale)
     at_a_time = max(1, LOOKED_AT // (4 * linear_weight.shape[0]))
     smoothing = None
@@ -171,7 +174,7 @@ def sampling_report(
         kept_most=kept.max().item(),
         certain_mass=certain.mean().item(),
         draws=draws,
-        noise=_noise(loss, leaves, target, counted, ignore_index, sampled, draws),
+        noise=noise,
     )
 
 

@@ -224,18 +224,15 @@ def test_two_runs_give_the_same_bits(strategy, busy):
 
 @each_strategy
 @pytest.mark.parametrize("busy", [False, True], ids=["plain", "busy"])
-def test_no_memory_is_read_before_it_is_written(strategy, busy):
+def test_no_memory_is_read_before_it_is_written(strategy, busy, request):
     """PyTorch fills new memory with NaN where it is asked to be deterministic."""
     inputs = make_inputs(300, 256, 5001, bias=busy)
     options = busy_options(inputs) if busy else {}
     with forced(strategy):
         expected = inputs.results(UPSTREAM, backend="triton", **options)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            assert torch.empty(1, device=DEVICE).isnan()
-            ours = inputs.results(UPSTREAM, backend="triton", **options)
-        finally:
-            torch.use_deterministic_algorithms(False)
+        request.getfixturevalue("deterministic")
+        assert torch.empty(1, device=DEVICE).isnan()
+        ours = inputs.results(UPSTREAM, backend="triton", **options)
     for name, value in ours.items():
         assert torch.equal(value, expected[name]), name
 

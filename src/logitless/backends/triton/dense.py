@@ -106,7 +106,7 @@ class Scratch:
 
     Attributes:
         hidden: [R, D] gathered hidden states, in the compute dtype.
-        tables: of the rows' tiles.
+        tables: of the rows' blocks of columns.
         target_logit: [N] in units of log 2, packed.
         rank: [N] int32 logits above the target's, packed; None where not wanted.
     """

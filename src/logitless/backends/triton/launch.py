@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from logitless.backends.contract import Coefficients, Problem, Statistics, ceil_div
+from logitless.backends.contract import Coefficients, Problem, Shape, Statistics, ceil_div
 from logitless.backends.triton import tiles
 from logitless.backends.triton.forward import combine_kernel, scan_kernel
 from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows
@@ -21,6 +21,7 @@ from logitless.backends.triton.softmax_gradient import (
     target_entries_kernel,
 )
 from logitless.backends.triton.window import window_gradient_kernel
+from logitless.options import BLOCK
 
 # Bytes to which the base and the rows of what the tensor copy engine reads must be aligned.
 ALIGNMENT = 16
@@ -40,11 +41,8 @@ class Tables:
 class Launcher:
     """The kernels, with what does not change between launches on one problem."""
 
-    def __init__(self, problem: Problem, rows: RowOrder | None = None, block: int | None = None) -> None:
-        """Orders the rows unless their order is given; converts the weight where the kernels cannot read it.
-
-        ``block``: columns of a block of the tables, if not those of a tile.
-        """
+    def __init__(self, problem: Problem, rows: RowOrder | None = None) -> None:
+        """Orders the rows unless their order is given; converts the weight where the kernels cannot read it."""
         self.problem, self.shape = problem, problem.shape
         self.device = problem.hidden.device
         self.dtype = self.shape.compute_dtype
@@ -56,7 +54,7 @@ class Launcher:
         self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
         self._head: dict[str, Any] = {"BIAS": problem.bias is not None, "SOFTCAP": problem.head.softcap is not None}
         self._precision = fp32_precision()
-        self.block = self.tile("scan").columns if block is None else block
+        self.block = table_block(self.shape, self._index)
 
     def tile(self, kind: tiles.Kind) -> tiles.Tile:
         """The tile of a kernel on this device."""
@@ -110,17 +108,17 @@ class Launcher:
         scan_kernel[(programs,)](
             *operands,
             operands[0] if softmax is None else described(softmax, [1, tile.rows, tile.columns]),
-            _or(self._bias, absent),
-            _or(self._smoothing, absent),
+            or_other(self._bias, absent),
+            or_other(self._smoothing, absent),
             self.rows.target,
             self.rows.count,
             tables.log_sum,
-            _or(tables.mean, absent),
-            _or(tables.smooth, absent),
-            _or(tables.peak, absent),
-            _or(tables.peak_index, absent),
+            or_other(tables.mean, absent),
+            or_other(tables.smooth, absent),
+            or_other(tables.peak, absent),
+            or_other(tables.peak_index, absent),
             target_logit,
-            _or(rank, absent),
+            or_other(rank, absent),
             tables.log_sum.stride(0),
             first_row,
             hidden.shape[0],
@@ -164,18 +162,18 @@ class Launcher:
         absent = tables.log_sum
         combine_kernel[(ceil_div(rows, COMBINED_ROWS),)](
             tables.log_sum,
-            _or(tables.mean, absent),
-            _or(tables.smooth, absent),
-            _or(tables.peak, absent),
-            _or(tables.peak_index, absent),
+            or_other(tables.mean, absent),
+            or_other(tables.smooth, absent),
+            or_other(tables.peak, absent),
+            or_other(tables.peak_index, absent),
             target_logit,
             self.rows.order,
             self.rows.count,
             statistics.logsumexp,
             statistics.target_logit,
-            _or(statistics.mean_logit, absent),
-            _or(statistics.smooth_logit, absent),
-            _or(statistics.prediction, absent),
+            or_other(statistics.mean_logit, absent),
+            or_other(statistics.smooth_logit, absent),
+            or_other(statistics.prediction, absent),
             tables.log_sum.stride(0),
             tables.log_sum.shape[0],
             first_row,
@@ -209,9 +207,9 @@ class Launcher:
             log_sum,
             statistics.logsumexp,
             coefficients.a,
-            _or(coefficients.b, coefficients.a),
-            _or(coefficients.d, coefficients.a),
-            _or(self._smoothing, coefficients.a),
+            or_other(coefficients.b, coefficients.a),
+            or_other(coefficients.d, coefficients.a),
+            or_other(self._smoothing, coefficients.a),
             self.rows.order,
             self.rows.count,
             softmax.stride(0),
@@ -259,12 +257,12 @@ class Launcher:
         window_gradient_kernel[(programs,)](
             *self._operands(hidden, tile),
             described(gradient, [tile.rows, tile.columns]),
-            _or(self._bias, coefficients.a),
-            _or(self._smoothing, coefficients.a),
+            or_other(self._bias, coefficients.a),
+            or_other(self._smoothing, coefficients.a),
             statistics.logsumexp,
             coefficients.a,
-            _or(coefficients.b, coefficients.a),
-            _or(coefficients.d, coefficients.a),
+            or_other(coefficients.b, coefficients.a),
+            or_other(coefficients.d, coefficients.a),
             self.rows.order,
             self.rows.count,
             columns.start,
@@ -301,10 +299,10 @@ class Launcher:
             statistics.target_logit,
             statistics.logsumexp,
             c.a,
-            _or(c.b, c.a),
+            or_other(c.b, c.a),
             c.c,
-            _or(c.d, c.a),
-            _or(self._smoothing, c.a),
+            or_other(c.d, c.a),
+            or_other(self._smoothing, c.a),
             self.rows.order,
             self.rows.count,
             gradient.stride(0),
@@ -336,6 +334,13 @@ def table_rows(rows: int) -> int:
     return ceil_div(rows, 16) * 16
 
 
+def table_block(shape: Shape, index: int | None) -> int:
+    """Columns of a block of the tables: those that the sampled gradient keeps or leaves out, else those of a tile."""
+    if shape.threshold is not None and shape.any_gradient:
+        return BLOCK
+    return tiles.tile("scan", shape.compute_dtype.itemsize, index).columns
+
+
 COMBINED_ROWS, COMBINED_BLOCKS = 16, 64
 GRADIENT_ROWS = 32
 CLEARED_ROWS = 32
@@ -360,6 +365,6 @@ def described(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box)
 
 
-def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+def or_other(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     """What a kernel gets for a tensor it will not touch."""
     return other if tensor is None else tensor

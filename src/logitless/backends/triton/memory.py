@@ -13,9 +13,8 @@ import torch
 from logitless.backends.contract import Schedule, Shape, ceil_div
 from logitless.backends.triton import sampled, selection, tiles
 from logitless.backends.triton.dense import padded, runs
-from logitless.backends.triton.launch import table_rows
+from logitless.backends.triton.launch import table_block, table_rows
 from logitless.options import BLOCK
-from logitless.sampling import block_count
 
 # Vectors of 4 bytes a row: order, target, statistics, coefficients and what forms them.
 VECTORS = 24
@@ -25,7 +24,7 @@ SLACK = 1 << 16
 
 def blocks(shape: Shape) -> int:
     """Rows of the table of block sums."""
-    return ceil_div(shape.vocabulary, window_multiple(shape))
+    return ceil_div(shape.vocabulary, table_block(shape, _index(shape)))
 
 
 def window_multiple(shape: Shape) -> int:
@@ -110,14 +109,14 @@ def _hidden_accumulator(shape: Shape, single: bool) -> int:
     return shape.tokens * shape.hidden * (shape.compute_dtype.itemsize if narrow else 4)
 
 
-def _table(shape: Shape, rows: int, count: int | None = None) -> int:
-    return 4 * (blocks(shape) if count is None else count) * table_rows(min(rows, shape.tokens))
+def _table(shape: Shape, rows: int) -> int:
+    return 4 * blocks(shape) * table_rows(min(rows, shape.tokens))
 
 
-def _tables(shape: Shape, rows: int, count: int | None = None) -> int:
+def _tables(shape: Shape, rows: int) -> int:
     wanted = shape.statistics
-    tables = 1 + ("mean_logit" in wanted) + ("smooth_logit" in wanted) + 2 * ("prediction" in wanted)
-    return tables * _table(shape, rows, count)
+    count = 1 + ("mean_logit" in wanted) + ("smooth_logit" in wanted) + 2 * ("prediction" in wanted)
+    return count * _table(shape, rows)
 
 
 def _hidden_cast(shape: Shape) -> int:
@@ -140,14 +139,15 @@ def _prepared(shape: Shape) -> int:
 def _sampled(shape: Shape, schedule: Schedule) -> int:
     """Pairs; forward, tables and a bit for each pair there could be; backward, the gradient of the pairs' logits."""
     (pairs, _), (starts, _) = selection.residuals(shape)
-    rows, count = sampled.rows_at_a_time(shape, schedule), block_count(shape.vocabulary)
+    rows = sampled.rows_at_a_time(shape, schedule)
     left = 4 * (pairs[0] + starts[0])
     smooth = 0
     if "smooth_logit" in shape.statistics:
         smooth = 4 * (sampled.SEGMENTS + 2) * shape.hidden
         if selection.mixed(shape):  # the smoothing in fp64, its magnitude and its sums over blocks
             smooth += 20 * shape.vocabulary
-    forward = _tables(shape, rows, count) + _hidden(shape, rows) + shape.tokens * count // 8 + 4 * count
+    bits = blocks(shape) * (4 * ceil_div(shape.tokens, selection.GROUP) + 4)
+    forward = _tables(shape, rows) + _hidden(shape, rows) + bits
     tile = tiles.tile("pairs", shape.compute_dtype.itemsize, _index(shape)).rows
     pair_gradient = pairs[0] * BLOCK * shape.compute_dtype.itemsize
     pair_gradient += 4 * (starts[0] + sampled.most_tiles(shape, pairs[0], tile)) + _hidden_cast(shape)

@@ -36,6 +36,14 @@ def pairs_of_tile(tile, starts, tile_starts, tile_blocks, TILE: tl.constexpr):
 
 
 @triton.jit
+def gradient_of_pairs(pairs, gradient, place, valid, BLOCK: tl.constexpr):
+    """[R] rows of the pairs, and [R, BLOCK] the gradient of their logits, zero where there is no pair."""
+    row = tl.load(pairs + place, mask=valid, other=0) & 0x7FFFFFFF
+    entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return row, tl.load(gradient + entry, mask=valid[:, None], other=0.0)
+
+
+@triton.jit
 def start_tiles_kernel(starts, tile_starts, blocks, TILE: tl.constexpr, STEP: tl.constexpr):
     """Where each block's tiles start, and where the last one's end: prefix sums [B + 1] int32. One program."""
     before = 0
@@ -181,8 +189,7 @@ def pair_weight_gradient_kernel(
     """
     block = tl.program_id(1)
     first, end = tl.load(starts + block), tl.load(starts + block + 1)
-    entry = tl.arange(0, BLOCK)
-    columns = block * BLOCK + entry
+    columns = block * BLOCK + tl.arange(0, BLOCK)
     depth = tl.program_id(0) * BD + tl.arange(0, BD)
     inside = (columns < vocabulary)[:, None] & (depth < hidden_size)[None, :]
     weights = tl.zeros((BLOCK,), tl.float32) + uniform_smoothing
@@ -193,10 +200,7 @@ def pair_weight_gradient_kernel(
         for start in range(first, end, BP):
             place = start + tl.arange(0, BP)
             valid = place < end
-            row = tl.load(pairs + place, mask=valid, other=0) & 0x7FFFFFFF
-            dz = tl.load(
-                gradient + place.to(tl.int64)[:, None] * BLOCK + entry[None, :], mask=valid[:, None], other=0.0
-            )
+            row, dz = gradient_of_pairs(pairs, gradient, place, valid, BLOCK)  # pyright: ignore
             source = hidden + row.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
             x = tl.load(source, mask=valid[:, None] & (depth < hidden_size)[None, :], other=0.0)
             total = multiply_add(dz.T, x.T, total, PRECISION)
@@ -213,8 +217,8 @@ def pair_weight_gradient_kernel(
             sums = tl.zeros((BLOCK,), tl.float32)
             for start in range(first, end, BP):
                 place = start + tl.arange(0, BP)
-                here = gradient + place.to(tl.int64)[:, None] * BLOCK + entry[None, :]
-                sums += tl.sum(tl.load(here, mask=(place < end)[:, None], other=0.0).to(tl.float32), 0)
+                _, dz = gradient_of_pairs(pairs, gradient, place, place < end, BLOCK)  # pyright: ignore
+                sums += tl.sum(dz.to(tl.float32), 0)
             if SMOOTH:
                 sums -= weights * tl.load(smooth_total)
             tl.store(bias_result + columns, sums, mask=columns < vocabulary)
@@ -250,9 +254,7 @@ def pair_hidden_gradient_kernel(
     for unit in tl.range(tl.program_id(0), tiles * slices, programs):  # pyright: ignore
         tile, first = unit % tiles, unit // tiles * (GROUP * BD)
         block, place, valid = pairs_of_tile(tile, starts, tile_starts, tile_blocks, TILE)  # pyright: ignore
-        row = tl.load(pairs + place, mask=valid, other=0) & 0x7FFFFFFF
-        entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        dz = tl.load(gradient + entry, mask=valid[:, None], other=0.0)
+        row, dz = gradient_of_pairs(pairs, gradient, place, valid, BLOCK)  # pyright: ignore
         target = result + row.to(tl.int64)[:, None] * hidden_size
         for k in range(first, tl.minimum(first + GROUP * BD, hidden_size), BD):
             depth = k + tl.arange(0, BD)
@@ -286,9 +288,7 @@ def pair_hidden_gradient_in_order_kernel(
     depth = k + tl.arange(0, BD)
     for tile in range(0, tl.load(tile_starts + blocks)):
         block, place, valid = pairs_of_tile(tile, starts, tile_starts, tile_blocks, TILE)  # pyright: ignore
-        row = tl.load(pairs + place, mask=valid, other=0) & 0x7FFFFFFF
-        entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        dz = tl.load(gradient + entry, mask=valid[:, None], other=0.0)
+        row, dz = gradient_of_pairs(pairs, gradient, place, valid, BLOCK)  # pyright: ignore
         part = multiply_add(dz, weight.load([block * BLOCK, k]).T, tl.zeros((TILE, BD), tl.float32), PRECISION)
         inside = valid[:, None] & (depth < hidden_size)[None, :]
         target = result + row.to(tl.int64)[:, None] * hidden_size + depth[None, :]

@@ -14,7 +14,7 @@ import torch
 from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics, ceil_div
 from logitless.backends.triton import tiles
 from logitless.backends.triton.dense import Scratch, new_statistics, scan_rows, slices, write_ranks
-from logitless.backends.triton.launch import Launcher, described, fp32_precision, readable
+from logitless.backends.triton.launch import Launcher, described, fp32_precision, or_other, readable
 from logitless.backends.triton.pairs import (
     list_tiles_kernel,
     pair_gradient_kernel,
@@ -48,7 +48,7 @@ def most_tiles(shape: Shape, pairs: int, tile: int) -> int:
 
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
     """Statistics of every row, and the pairs that the backward pass will compute."""
-    launcher, shape = Launcher(problem, block=BLOCK), problem.shape
+    launcher, shape = Launcher(problem), problem.shape
     statistics = new_statistics(problem)
     step = rows_at_a_time(shape, schedule)
     scratch, selection = Scratch.of(launcher, step), Selection(problem, launcher.rows)
@@ -115,14 +115,14 @@ class _Grouped:
             self._tile_blocks,
             gradient,
             c.a if problem.bias is None else problem.bias.contiguous(),
-            c.a if self._vector is None else self._vector,
-            c.a if shares is None else shares,
+            or_other(self._vector, c.a),
+            or_other(shares, c.a),
             problem.target,
             statistics.logsumexp,
             c.a,
-            c.a if c.b is None else c.b,
+            or_other(c.b, c.a),
             c.c,
-            c.a if c.d is None else c.d,
+            or_other(c.d, c.a),
             self._hidden.stride(0),
             self._shape.hidden,
             self._shape.vocabulary,
@@ -169,10 +169,10 @@ class _Grouped:
             gradient,
             self._pairs,
             self._starts,
-            gradient if result is None else result,
-            self._starts if bias is None else bias,
-            gradient if self._vector is None else self._vector,
-            gradient if rank_one is None else rank_one,
+            or_other(result, gradient),
+            or_other(bias, gradient),
+            or_other(self._vector, gradient),
+            or_other(rank_one, gradient),
             gradient if d is None else d.sum(),
             self._hidden.stride(0),
             shape.hidden,
@@ -238,7 +238,7 @@ class _Grouped:
         if rows:
             weighted_sums_kernel[(ceil_div(columns, 64), sums.shape[0])](
                 matrix,
-                matrix if vector is None else vector,
+                or_other(vector, matrix),
                 sums,
                 matrix.stride(0),
                 rows,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from logitless.backends.contract import Problem, Shape, Statistics, TensorForm, ceil_div
-from logitless.backends.triton.launch import Tables
+from logitless.backends.triton.launch import Tables, or_other
 from logitless.backends.triton.primitives import LOG2E
 from logitless.backends.triton.rows import RowOrder
 from logitless.options import BLOCK
@@ -226,7 +226,7 @@ class Selection:
             return
         select_kernel[(ceil_div(rows, GROUP),)](
             tables.log_sum,
-            tables.log_sum if self._shares is None else self._shares,
+            or_other(self._shares, tables.log_sum),
             statistics.logsumexp,
             offsets,
             self._rows.order,
