@@ -225,9 +225,10 @@ def sampled_gradients(frozen: str | None = None, **options) -> dict[str, Tensor]
     problem.target[::9] = -100
     if frozen is not None:
         problem = replace(problem, **{frozen: getattr(problem, frozen).detach()})
+    problem = replace(problem.map(lambda tensor: tensor.to(DEVICE)), target=problem.target.to(DEVICE))
     return loss_and_gradients(
         logitless.linear_cross_entropy,
-        problem.map(lambda tensor: tensor.to(DEVICE)),
+        problem,
         backend="triton",
         gradient=logitless.Sampled(1 / 2, generator=generator(2)),
     )

@@ -79,5 +79,5 @@ def widen(
     if width == narrow:
         return hidden, weight
     generator = torch.Generator().manual_seed(0)
-    rotation = torch.linalg.qr(torch.randn(width, narrow, generator=generator)).Q.T
+    rotation = torch.linalg.qr(torch.randn(width, narrow, generator=generator)).Q.T.to(hidden.device)
     return hidden @ rotation, weight @ rotation

@@ -28,8 +28,8 @@ from logitless.backends.triton.selection import GROUP, Selection, smoothing_shar
 from logitless.options import BLOCK
 from logitless.sampling import block_count
 
-# Programs a multiprocessor of the persistent kernels, whose walks over tiles wait for gathered rows.
-PROGRAMS = 3
+# Programs a multiprocessor of the persistent kernels: as many as shared memory has room for, and as keep up additions.
+GRADIENT_PROGRAMS, HIDDEN_PROGRAMS = 2, 4
 # Columns of the hidden size that one program of the deterministic kernel owns.
 OWNED = 32
 # Pieces of a weighted sum over rows.
@@ -84,7 +84,7 @@ class _Grouped:
         self._tile, self._weight_tile, self._hidden_tile = (
             tiles.tile(kind, dtype.itemsize, index) for kind in ("pairs", "pair_weight", "pair_hidden")
         )
-        self._programs = PROGRAMS * tiles.processors(index)
+        self._processors = tiles.processors(index)
         self._blocks = block_count(self._shape.vocabulary)
         self._precision = fp32_precision()
         count = most_tiles(self._shape, self._pairs.shape[0], self._tile.rows)
@@ -106,7 +106,8 @@ class _Grouped:
         gradient = self._empty(self._pairs.shape[0], BLOCK, dtype=self._shape.compute_dtype)
         shares = smoothing_shares(problem)
         assert self._shape.threshold is not None
-        pair_gradient_kernel[(self._programs,)](
+        programs = GRADIENT_PROGRAMS * self._processors
+        pair_gradient_kernel[(programs,)](
             self._hidden,
             described(self._weight, [BLOCK, self._tile.depth]),
             self._pairs,
@@ -131,7 +132,7 @@ class _Grouped:
             self._uniform,
             head.logit_scale,
             head.softcap or 1.0,
-            self._programs,
+            programs,
             TILE=self._tile.rows,
             BLOCK=BLOCK,
             BK=self._tile.depth,
@@ -220,8 +221,9 @@ class _Grouped:
             grid = (ceil_div(shape.hidden, width),)
             pair_hidden_gradient_in_order_kernel[grid](*operands, **constants, num_warps=4)
         else:
-            pair_hidden_gradient_kernel[(self._programs,)](
-                *operands, self._programs, **constants, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages
+            programs = HIDDEN_PROGRAMS * self._processors
+            pair_hidden_gradient_kernel[(programs,)](
+                *operands, programs, **constants, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages
             )
         if d is not None:
             smoothing = self._vector if self._vector is not None else self._uniform

@@ -61,10 +61,9 @@ TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
             "scan": Tile(128, 256, 64, 32, 8, 4),
             "store": Tile(128, 256, 64, 32, 8, 3),
             "window": Tile(128, 256, 64, 32, 8, 3),
-            # Of these two or three programs fit a multiprocessor, since most have few steps. Not measured.
-            "pairs": Tile(64, BLOCK, 64, 1, 4, 3),
-            "pair_weight": Tile(BLOCK, 128, 64, 1, 4, 3),
-            "pair_hidden": Tile(64, 64, BLOCK, 4, 4, 2),
+            "pairs": Tile(64, BLOCK, 64, 1, 4, 4),
+            "pair_weight": Tile(BLOCK, 64, 32, 1, 4, 2),
+            "pair_hidden": Tile(64, 64, BLOCK, 4, 8, 1),
         },
         4: {
             "scan": Tile(128, 128, 32, 16, 8, 3),
