@@ -31,6 +31,8 @@ SIZES = {
     "BD": 64,
     "BP": 64,
     "GROUPS": 16,
+    "SEGMENT": 64,
+    "SEGMENTS": 16,
 }
 PRECISION = "ieee"
 DESCRIPTORS = {
@@ -47,7 +49,7 @@ TENSORS = {
         *("order", "count", "rank", "peak_index", "packed_target", "target"),
         *("bits", "counts", "pairs", "starts", "tile_starts", "tile_blocks"),
     ),
-    "*i64": ("prediction",),
+    "*i64": ("prediction", "step_sums"),
     "*fp64": ("offsets",),
     "*bf16": ("softmax", "gradient", "source", "result", "products", "hidden", "matrix"),
 }
@@ -58,7 +60,7 @@ NUMBERS = ("uniform_smoothing", "uniform", "scale", "softcap", "inverse_threshol
 INTEGERS = (
     *("rows", "rows_here", "first_row", "columns", "vocabulary", "first_column", "end_column", "window", "blocks"),
     *("hidden_size", "programs", "stride", "table_stride", "softmax_stride", "gradient_stride", "source_stride"),
-    *("hidden_stride", "segment", "most", "tokens", "groups"),
+    *("hidden_stride", "segment", "most", "tokens", "groups", "segments"),
 )
 TARGET = GPUTarget("cuda", 90, 32)
 

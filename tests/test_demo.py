@@ -215,7 +215,7 @@ class TestModel:
 
     def test_it_is_causal(self):
         """A token changes its own hidden state and later ones, no earlier one."""
-        model = Decoder(ModelConfig(16, 2, 2), VOCABULARY, seed=0)
+        model = Decoder(ModelConfig(16, 2, 2), VOCABULARY, sequence=12, seed=0)
         tokens = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
         changed = tokens.clone()
         changed[:, 7] = (changed[:, 7] + 1) % VOCABULARY
@@ -236,10 +236,10 @@ class TestModel:
 
     def test_one_seed_one_model(self):
         """Equal seeds give equal weights, whatever was drawn before."""
-        first = Decoder(ModelConfig(16, 2, 2), VOCABULARY, seed=5)
+        first = Decoder(ModelConfig(16, 2, 2), VOCABULARY, sequence=12, seed=5)
         torch.rand(3)
-        second = Decoder(ModelConfig(16, 2, 2), VOCABULARY, seed=5)
-        other = Decoder(ModelConfig(16, 2, 2), VOCABULARY, seed=6)
+        second = Decoder(ModelConfig(16, 2, 2), VOCABULARY, sequence=12, seed=5)
+        other = Decoder(ModelConfig(16, 2, 2), VOCABULARY, sequence=12, seed=6)
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
         assert not torch.equal(first.head_weight, other.head_weight)
 
@@ -249,7 +249,7 @@ class TestModel:
         with ResidentMemory() as meter:
             trainer = Trainer(config, corpus, meter)
             inputs, target = training_batch(corpus.train, 0, 0, config.batch, config.sequence)
-            whole = Decoder(config.model, VOCABULARY, seed=0)
+            whole = Decoder(config.model, VOCABULARY, config.sequence, seed=0)
             whole.load_state_dict(trainer.model.state_dict())
             logits = whole(inputs).flatten(0, 1) @ whole.head_weight.T
             loss = torch.nn.functional.cross_entropy(logits, target.flatten())

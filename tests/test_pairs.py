@@ -151,7 +151,10 @@ def test_chunks_do_not_matter(chunks):
 
 def test_steps_do_not_matter(monkeypatch):
     """However many blocks and rows the kernels take at a time."""
-    sizes = {"SELECTED_BLOCKS": 16, "COUNTED_GROUPS": 1, "COUNTED_BLOCKS": 8, "LISTED_GROUPS": 2, "STARTED_BLOCKS": 16}
+    sizes = {
+        **{"SELECTED_BLOCKS": 16, "SELECTED_SEGMENTS": 2, "COUNTED_GROUPS": 1, "COUNTED_BLOCKS": 8},
+        **{"COUNTED_SEGMENTS": 2, "LISTED_GROUPS": 2, "STARTED_BLOCKS": 16},
+    }
     for name, size in sizes.items():
         monkeypatch.setattr(selection, name, size)
     problem, log_masses = problem_of(1 / 16, "some"), exponents("steep")

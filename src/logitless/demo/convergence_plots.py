@@ -18,10 +18,11 @@ from logitless.demo.frequency import DECILES
 from logitless.demo.plots import LIGHT
 from logitless.demo.study import RUNS, pairing
 
-# A colour for each gradient, from Okabe and Ito's palette; seeds differ by their dashes, and SGD is dotted.
+# A colour for each gradient, from Okabe and Ito's palette; seeds differ by their dashes, SGD is dotted, a short run
+# has both.
 EXACT = LIGHT.heads["exact"]
 SAMPLED = {1 / 16: "#e69f00", 1 / 32: "#cc79a7", 1 / 64: LIGHT.heads["sampled"], 1 / 128: "#009e73"}
-SECOND_SEED, SGD = (0, (5, 2)), (0, (1, 1.2))
+SECOND_SEED, SGD, SHORT = (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5))
 SMOOTHED_STEPS = 50
 # The loss falls so fast at first that on an axis with all of it the rest is flat.
 SHOWN_FROM = 0.2
@@ -151,7 +152,13 @@ def _logarithmic(axes: Axes) -> None:
 def _line(name: str) -> dict[str, Any]:
     run = RUNS[name]
     colour = EXACT if run.head == "exact" else SAMPLED[run.threshold]
-    dashes = SGD if run.optimizer == "sgd" else SECOND_SEED if run.seed else "solid"
+    dashes = "solid"
+    if run.optimizer == "sgd":
+        dashes = SGD
+    elif run.share < 1:
+        dashes = SHORT
+    elif run.seed:
+        dashes = SECOND_SEED
     return {"color": colour, "linestyle": dashes, "linewidth": 1.6}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -62,8 +61,6 @@ def describe(name: str, results: Results) -> dict[str, Any]:
     result = results[name]
     config, steps, held_out = result["config"], result["steps"], result["held_out"]
     seconds = median(steps["seconds"])
-    training = math.fsum(steps["seconds"])
-    exact = next((other for other in results if pairing(name, other) == "gradient"), None)
     return {
         "name": name,
         **{setting: config[setting] for setting in ("head", "optimizer", "learning_rate", "seed", "steps")},
@@ -73,8 +70,7 @@ def describe(name: str, results: Results) -> dict[str, Any]:
         "step_milliseconds": seconds * 1e3,
         "head_milliseconds": median(steps["head_seconds"]) * 1e3,
         "tokens_per_second": config["batch"] * config["sequence"] / seconds,
-        "training_seconds": training,
-        "exact_at_equal_time": None if exact is None else loss_at(training, results[exact]["evaluations"]),
+        "training_seconds": math.fsum(steps["seconds"]),
     }
 
 
@@ -109,19 +105,10 @@ def standard_error(values: Sequence[float]) -> float | None:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def loss_at(seconds: float, evaluations: Sequence[Mapping[str, float]]) -> float | None:
-    """Returns a run's held-out loss after some time of training, between two measurements by a straight line.
-
-    None past the end of the run.
-    """
-    times = [entry["seconds"] for entry in evaluations]
-    return float(np.interp(seconds, times, [entry["loss"] for entry in evaluations])) if seconds <= times[-1] else None
-
-
 def _print(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
-    table = Table(caption="exact at equal time: held-out loss of the exact run when the sampled one had finished")
+    table = Table()
     table.add_column("run")
-    for heading in ("steps", "held-out loss", "step ms", "head ms", "tokens/s", "exact at equal time"):
+    for heading in ("steps", "held-out loss", "step ms", "head ms", "tokens/s", "training s"):
         table.add_column(heading, justify="right")
     for run in summary["runs"]:
         table.add_row(
@@ -131,7 +118,7 @@ def _print(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
             f"{run['step_milliseconds']:,.2f}",
             f"{run['head_milliseconds']:,.2f}",
             f"{run['tokens_per_second']:,.0f}",
-            "-" if run["exact_at_equal_time"] is None else f"{run['exact_at_equal_time']:.4f}",
+            f"{run['training_seconds']:,.1f}",
         )
     pairs = Table(caption="standard errors are of the difference within each held-out sequence")
     for heading in ("run", "held against", "differs by"):

@@ -100,15 +100,22 @@ class Decoder(nn.Module):
     Args:
         config: the sizes.
         vocabulary: rows V of the embedding, which is the head's weight too.
+        sequence: tokens of the longest sequence.
         seed: of the initial weights; the same seed gives the same weights on every device.
     """
 
-    def __init__(self, config: ModelConfig, vocabulary: int, seed: int) -> None:
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, config: ModelConfig, vocabulary: int, sequence: int, seed: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, config.hidden)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=1e-6)
-        self.rotary_size = config.hidden // config.heads
+        # In memory, since a compiler would compute them anew for every number that is turned.
+        cosine, sine = rotation(torch.arange(sequence), config.hidden // config.heads)
+        self.register_buffer("cosine", cosine, persistent=False)
+        self.register_buffer("sine", sine, persistent=False)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -125,12 +132,13 @@ class Decoder(nn.Module):
         """Returns hidden states.
 
         Args:
-            tokens: `[B, T]`, int64.
+            tokens: `[B, T]`, int64, T no more than the longest sequence.
 
         Returns:
             `[B, T, D]`: row t has seen the tokens up to and including t.
         """
-        turn = rotation(torch.arange(tokens.shape[1], device=tokens.device), self.rotary_size)
+        length = tokens.shape[1]
+        turn = self.cosine[:length], self.sine[:length]
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, turn)

@@ -98,9 +98,10 @@ class Trainer:
         self.step = 0
         self._base_bytes = meter.level()
         seed = derived_seed(config.seed, WEIGHT_STREAM, 0)
-        self.model = Decoder(config.model, corpus.vocabulary, seed).to(config.device)
+        self.model = Decoder(config.model, corpus.vocabulary, config.sequence, seed).to(config.device)
         self._body = torch.compile(self.model, dynamic=False) if compile_body else self.model
         self.optimizer = _make_optimizer(config, self.model)
+        self._batch = self._make_batch(0)
 
     def advance(self) -> StepRecord:
         """Does one step.
@@ -110,13 +111,8 @@ class Trainer:
         """
         config, meter = self.config, self.meter
         meter.reset()
+        inputs, target = self._batch
         clock = _Clock(config.device)
-        inputs, target = training_batch(
-            self.corpus.train, config.seed, self.step, config.batch, config.sequence
-        )  # fmt: skip
-        inputs, target = inputs.to(config.device), target.to(config.device)
-
-        clock.mark()
         hidden = self._hidden(inputs)
         clock.mark()
         body_peak, head_level = meter.peak(), meter.level()
@@ -124,7 +120,7 @@ class Trainer:
 
         # The graph is cut between body and head, so that each backward pass can be timed by itself.
         features = hidden.detach().requires_grad_()
-        loss = head_loss(features, self._head_weight(), target.flatten(), self.step, config)
+        loss = head_loss(features, self._head_weight(), target, self.step, config)
         loss.backward()
         clock.mark()
         head_peak = meter.peak()
@@ -147,13 +143,15 @@ class Trainer:
         clock.mark()
 
         self.step += 1
-        batch, forward, head, backward, optimizer = clock.seconds()
+        self._batch = self._make_batch(self.step)  # while a GPU is still busy with this step
+        clock.mark()
+        forward, head, backward, optimizer, batch = clock.seconds()
         return StepRecord(
             step=self.step,
             loss=loss.item(),
             learning_rate=rate,
             gradient_norm=norm.item(),
-            seconds=batch + forward + head + backward + optimizer,
+            seconds=forward + head + backward + optimizer + batch,
             body_seconds=forward + backward,
             head_seconds=head,
             optimizer_seconds=optimizer,
@@ -195,8 +193,17 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = int(state["step"])
+            self._batch = self._make_batch(self.step)
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"the checkpoint does not fit this model ({str(error).splitlines()[0]})") from error
+
+    def _make_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Returns the inputs `[B, T]` and the targets `[N]` of a step, on the device."""
+        config = self.config
+        inputs, target = training_batch(self.corpus.train, config.seed, step, config.batch, config.sequence)
+        if config.device == "cuda":  # from pinned memory, so that the copy does not wait for the device
+            inputs, target = inputs.pin_memory(), target.pin_memory()
+        return inputs.to(config.device, non_blocking=True), target.flatten().to(config.device, non_blocking=True)
 
     def _hidden(self, inputs: Tensor) -> Tensor:
         """Maps token ids `[B, T]` to hidden states `[B * T, D]` in the type of the products."""

@@ -146,8 +146,7 @@ def _sampled(shape: Shape, schedule: Schedule) -> int:
         smooth = 4 * (sampled.SEGMENTS + 2) * shape.hidden
         if selection.mixed(shape):  # the smoothing in fp64, its magnitude and its sums over blocks
             smooth += 20 * shape.vocabulary
-    bits = blocks(shape) * (4 * ceil_div(shape.tokens, selection.GROUP) + 4)
-    forward = _tables(shape, rows) + _hidden(shape, rows) + bits
+    forward = _tables(shape, rows) + _hidden(shape, rows) + selection.workspace(shape, rows)
     tile = tiles.tile("pairs", shape.compute_dtype.itemsize, _index(shape)).rows
     pair_gradient = pairs[0] * BLOCK * shape.compute_dtype.itemsize
     pair_gradient += 4 * (starts[0] + sampled.most_tiles(shape, pairs[0], tile)) + _hidden_cast(shape)

@@ -54,9 +54,69 @@ def population(word):
 
 
 @triton.jit
+def inclusion_steps(
+    table,
+    shares,
+    table_stride,
+    lse,
+    row,
+    counts,
+    first,
+    blocks,
+    inverse_threshold,
+    BLOCKS: tl.constexpr,
+    MIXED: tl.constexpr,
+):
+    """[BLOCKS, R] inclusion probabilities of the blocks from ``first`` on, in units of 2^-44; 0 where there is none."""
+    block = first + tl.arange(0, BLOCKS)
+    inside = (block < blocks)[:, None] & counts[None, :]
+    entry = block.to(tl.int64)[:, None] * table_stride + row[None, :]
+    mass = tl.exp2(tl.load(table + entry, mask=inside, other=-float("inf")) - lse[None, :])
+    share = 0.0
+    if MIXED:
+        share = tl.load(shares + block, mask=block < blocks, other=0.0)[:, None]
+    pi = tl.where(inside, inclusion_probability(mass, share, inverse_threshold, MIXED), 0.0)
+    return (pi * ONE).to(tl.int64)
+
+
+@triton.jit
+def sum_steps_kernel(
+    table,  # [B, table_stride] fp32, log2 of the blocks' sums, for rows in packed order
+    shares,  # [B] fp32 where MIXED
+    logsumexp,  # [N] fp32, at the caller's places
+    order,  # [N] int32
+    count,  # [1] int32
+    step_sums,  # [S, rows] int64, written
+    table_stride,
+    first_row,
+    rows,
+    blocks,
+    inverse_threshold,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    MIXED: tl.constexpr,
+):
+    """Each row's inclusion probabilities, added up over each segment of BLOCKS blocks, in units of 2^-44.
+
+    Grid: groups of ROWS rows x segments. Rows past the count have none.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = first_row + row
+    counts = (row < rows) & (place < tl.load(count))
+    origin = tl.load(order + place, mask=counts, other=0)
+    lse = tl.load(logsumexp + origin, mask=counts, other=0.0) * LOG2E
+    first = tl.program_id(1) * BLOCKS
+    step = inclusion_steps(
+        table, shares, table_stride, lse, row, counts, first, blocks, inverse_threshold, BLOCKS, MIXED
+    )  # fmt: skip
+    tl.store(step_sums + tl.program_id(1).to(tl.int64) * rows + row, tl.sum(step, 0), mask=row < rows)
+
+
+@triton.jit
 def select_kernel(
     table,  # [B, table_stride] fp32, log2 of the blocks' sums, for rows in packed order
     shares,  # [B] fp32 where MIXED
+    step_sums,  # [S, rows] int64
     logsumexp,  # [N] fp32, at the caller's places, as offsets
     offsets,  # [N] fp64
     order,  # [N] int32
@@ -73,11 +133,12 @@ def select_kernel(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     MIXED: tl.constexpr,
 ):
     """List pairs of rows ``first_row`` on, of which a row keeps no more than ``most`` whatever the masses are.
 
-    Grid: groups of GROUP rows, each a walk over all blocks, BLOCKS at a time. Rows past the count list nothing.
+    Grid: groups of GROUP rows x segments of BLOCKS blocks. Rows past the count list nothing.
     """
     lane = tl.arange(0, GROUP)
     row = tl.program_id(0) * GROUP + lane
@@ -87,49 +148,62 @@ def select_kernel(
     lse = tl.load(logsumexp + origin, mask=counts, other=0.0) * LOG2E
     own_block = tl.load(target + place, mask=counts, other=0) // BLOCK
     passed = (tl.load(offsets + origin, mask=counts, other=0.0) * ONE).to(tl.int64)
-    own_kept = tl.zeros((GROUP,), tl.int32)
+    segment = tl.program_id(1)
+    for first in range(0, segment, SEGMENTS):
+        before = first + tl.arange(0, SEGMENTS)
+        inside = (before < segment)[:, None] & counts[None, :]
+        entry = before.to(tl.int64)[:, None] * rows + row[None, :]
+        passed += tl.sum(tl.load(step_sums + entry, mask=inside, other=0), 0)
+
+    first = segment * BLOCKS
+    step = inclusion_steps(
+        table, shares, table_stride, lse, row, counts, first, blocks, inverse_threshold, BLOCKS, MIXED
+    )  # fmt: skip
+    after = passed[None, :] + tl.cumsum(step, 0)
+    kept = (after >> SHIFT > (after - step) >> SHIFT) & (after >> SHIFT <= most)
+    block = first + tl.arange(0, BLOCKS)
+    is_own = (block[:, None] == own_block[None, :]) & counts[None, :]
+    word = tl.sum((kept | is_own).to(tl.int32) << lane[None, :], 1)
     group = (first_row // GROUP + tl.program_id(0)).to(tl.int64)
-    for first in range(0, blocks, BLOCKS):
-        block = first + tl.arange(0, BLOCKS)
-        inside = (block < blocks)[:, None] & counts[None, :]
-        entry = block.to(tl.int64)[:, None] * table_stride + row[None, :]
-        mass = tl.exp2(tl.load(table + entry, mask=inside, other=-float("inf")) - lse[None, :])
-        share = 0.0
-        if MIXED:
-            share = tl.load(shares + block, mask=block < blocks, other=0.0)[:, None]
-        pi = tl.where(inside, inclusion_probability(mass, share, inverse_threshold, MIXED), 0.0)
-        step = (pi * ONE).to(tl.int64)
-        after = passed[None, :] + tl.cumsum(step, 0)
-        kept = (after >> SHIFT > (after - step) >> SHIFT) & (after >> SHIFT <= most)
-        passed += tl.sum(step, 0)
-        is_own = block[:, None] == own_block[None, :]
-        own_kept += tl.sum((kept & is_own).to(tl.int32), 0)
-        word = tl.sum(((kept | is_own) & inside).to(tl.int32) << lane[None, :], 1)
-        tl.store(bits + group * blocks + block, word, mask=block < blocks)
-    tl.store(own + place, own_kept.to(tl.int8), mask=row < rows)
+    tl.store(bits + group * blocks + block, word, mask=block < blocks)
+    own_kept = tl.sum((kept & is_own).to(tl.int32), 0)
+    own_here = (own_block >= first) & (own_block < first + BLOCKS)
+    tl.store(own + place, own_kept.to(tl.int8), mask=(row < rows) & own_here)
 
 
 @triton.jit
 def count_pairs_kernel(bits, counts, groups, blocks, GROUPS: tl.constexpr, BLOCKS: tl.constexpr):
-    """``counts[b]`` pairs of each block [B] int32. Grid: BLOCKS blocks, each a walk over all groups of rows."""
+    """``counts[s, b]`` pairs of each block in each segment of GROUPS groups of rows, [S, B] int32.
+
+    Grid: BLOCKS blocks x segments.
+    """
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    total = tl.zeros((BLOCKS,), tl.int32)
-    for first in range(0, groups, GROUPS):
-        group = first + tl.arange(0, GROUPS)
-        inside = (group < groups)[:, None] & (block < blocks)[None, :]
-        word = tl.load(bits + group.to(tl.int64)[:, None] * blocks + block[None, :], mask=inside, other=0)
-        total += tl.sum(population(word.to(tl.uint32, bitcast=True)), 0)
-    tl.store(counts + block, total, mask=block < blocks)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    inside = (group < groups)[:, None] & (block < blocks)[None, :]
+    word = tl.load(bits + group.to(tl.int64)[:, None] * blocks + block[None, :], mask=inside, other=0)
+    total = tl.sum(population(word.to(tl.uint32, bitcast=True)), 0)
+    tl.store(counts + tl.program_id(1).to(tl.int64) * blocks + block, total, mask=block < blocks)
 
 
 @triton.jit
-def start_blocks_kernel(counts, starts, blocks, STEP: tl.constexpr):
+def counted(counts, block, blocks, segments, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr):
+    """[BLOCKS] how many pairs the blocks have in the first ``segments`` segments."""
+    total = tl.zeros((BLOCKS,), tl.int32)
+    for first in range(0, segments, SEGMENTS):
+        segment = first + tl.arange(0, SEGMENTS)
+        inside = (segment < segments)[:, None] & (block < blocks)[None, :]
+        total += tl.sum(tl.load(counts + segment[:, None] * blocks + block[None, :], mask=inside, other=0), 0)
+    return total
+
+
+@triton.jit
+def start_blocks_kernel(counts, starts, segments, blocks, SEGMENTS: tl.constexpr, STEP: tl.constexpr):
     """Where each block's pairs start, and where the last one's end: prefix sums [B + 1] int32. One program."""
     before = 0
     tl.store(starts, 0)
     for first in range(0, blocks, STEP):
         block = first + tl.arange(0, STEP)
-        count = tl.load(counts + block, mask=block < blocks, other=0)
+        count = counted(counts, block, blocks, segments, SEGMENTS, STEP)
         tl.store(starts + 1 + block, before + tl.cumsum(count, 0), mask=block < blocks)
         before += tl.sum(count, 0)
 
@@ -137,6 +211,7 @@ def start_blocks_kernel(counts, starts, blocks, STEP: tl.constexpr):
 @triton.jit
 def list_pairs_kernel(
     bits,  # [G, B] int32
+    counts,  # [S, B] int32
     starts,  # [B + 1] int32
     order,  # [N] int32
     target,  # [N] int32, packed
@@ -147,20 +222,26 @@ def list_pairs_kernel(
     blocks,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """The caller's row of each pair, by block and within a block in packed order.
 
-    The sign bit marks a pair that is listed for its target alone. Grid: BLOCKS blocks, each a walk over the rows.
+    The sign bit marks a pair that is listed for its target alone. Grid: BLOCKS blocks x segments of SEGMENT groups of
+    rows, each a walk over its groups.
     """
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    segment = tl.program_id(1)
     free = tl.load(starts + block, mask=block < blocks, other=0)
+    free += counted(counts, block, blocks, segment, SEGMENTS, BLOCKS)
     lane = tl.arange(0, GROUP)
     below_lane = (tl.full((GROUP,), 1, tl.uint32) << lane.to(tl.uint32)) - 1
-    for first in range(0, groups, GROUPS):
+    end = tl.minimum((segment + 1) * SEGMENT, groups)
+    for first in range(segment * SEGMENT, end, GROUPS):
         group = first + tl.arange(0, GROUPS)
-        inside = (group < groups)[:, None] & (block < blocks)[None, :]
+        inside = (group < end)[:, None] & (block < blocks)[None, :]
         word = tl.load(bits + group.to(tl.int64)[:, None] * blocks + block[None, :], mask=inside, other=0)
         word = word.to(tl.uint32, bitcast=True)
         size = population(word)
@@ -178,10 +259,12 @@ def list_pairs_kernel(
         free += tl.sum(size, 0)
 
 
-SELECTED_BLOCKS = 128
-COUNTED_GROUPS, COUNTED_BLOCKS = 32, 32
+# Sums over blocks and over rows are taken by segments, which many programs work on at once.
+SELECTED_BLOCKS, SELECTED_SEGMENTS = 64, 32
+SUMMED_ROWS = 32
+COUNTED_GROUPS, COUNTED_BLOCKS, COUNTED_SEGMENTS = 64, 32, 16
 LISTED_GROUPS, LISTED_BLOCKS = 16, 8
-STARTED_BLOCKS = 1024
+STARTED_BLOCKS = 256
 
 
 def residuals(shape: Shape) -> list[TensorForm]:
@@ -189,6 +272,13 @@ def residuals(shape: Shape) -> list[TensorForm]:
     assert shape.threshold is not None
     bound = kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold)
     return [((bound,), torch.int32), ((block_count(shape.vocabulary) + 1,), torch.int32)]
+
+
+def workspace(shape: Shape, rows: int) -> int:
+    """Bytes that listing pairs takes besides these, for that many rows' table at a time."""
+    blocks, groups = block_count(shape.vocabulary), ceil_div(shape.tokens, GROUP)
+    bits = 4 * blocks * (groups + ceil_div(groups, COUNTED_GROUPS))
+    return bits + shape.tokens + 8 * rows * ceil_div(blocks, SELECTED_BLOCKS)
 
 
 def mixed(shape: Shape) -> bool:
@@ -224,9 +314,27 @@ class Selection:
         assert first_row % GROUP == 0
         if rows == 0:
             return
-        select_kernel[(ceil_div(rows, GROUP),)](
-            tables.log_sum,
-            or_other(self._shares, tables.log_sum),
+        segments = ceil_div(self._blocks, SELECTED_BLOCKS)
+        sums = torch.empty(segments, rows, dtype=torch.int64, device=self._bits.device)
+        table, shares, stride = tables.log_sum, or_other(self._shares, tables.log_sum), tables.log_sum.stride(0)
+        where = (stride, first_row, rows, self._blocks, 1 / threshold)
+        sum_steps_kernel[(ceil_div(rows, SUMMED_ROWS), segments)](
+            table,
+            shares,
+            statistics.logsumexp,
+            self._rows.order,
+            self._rows.count,
+            sums,
+            *where,
+            ROWS=SUMMED_ROWS,
+            BLOCKS=SELECTED_BLOCKS,
+            MIXED=self._shares is not None,
+            num_warps=4,
+        )
+        select_kernel[(ceil_div(rows, GROUP), segments)](
+            table,
+            shares,
+            sums,
             statistics.logsumexp,
             offsets,
             self._rows.order,
@@ -234,15 +342,12 @@ class Selection:
             self._rows.count,
             self._bits,
             self._own,
-            tables.log_sum.stride(0),
-            first_row,
-            rows,
-            self._blocks,
-            1 / threshold,
+            *where,
             most_sampled(problem.shape.vocabulary, threshold),
             GROUP=GROUP,
             BLOCK=BLOCK,
             BLOCKS=SELECTED_BLOCKS,
+            SEGMENTS=SELECTED_SEGMENTS,
             MIXED=self._shares is not None,
             num_warps=4,
         )
@@ -254,13 +359,17 @@ class Selection:
         pairs, starts = (
             torch.empty(size, dtype=dtype, device=device) for size, dtype in residuals(self._problem.shape)
         )
-        counts = torch.empty(blocks, dtype=torch.int32, device=device)
-        count_pairs_kernel[(ceil_div(blocks, COUNTED_BLOCKS),)](
+        segments = ceil_div(groups, COUNTED_GROUPS)
+        counts = torch.empty(segments, blocks, dtype=torch.int32, device=device)
+        count_pairs_kernel[(ceil_div(blocks, COUNTED_BLOCKS), segments)](
             self._bits, counts, groups, blocks, GROUPS=COUNTED_GROUPS, BLOCKS=COUNTED_BLOCKS, num_warps=4
         )
-        start_blocks_kernel[(1,)](counts, starts, blocks, STEP=STARTED_BLOCKS, num_warps=4)
-        list_pairs_kernel[(ceil_div(blocks, LISTED_BLOCKS),)](
+        start_blocks_kernel[(1,)](
+            counts, starts, segments, blocks, SEGMENTS=COUNTED_SEGMENTS, STEP=STARTED_BLOCKS, num_warps=8
+        )
+        list_pairs_kernel[(ceil_div(blocks, LISTED_BLOCKS), segments)](
             self._bits,
+            counts,
             starts,
             self._rows.order,
             self._rows.target,
@@ -271,6 +380,8 @@ class Selection:
             blocks,
             GROUP=GROUP,
             GROUPS=LISTED_GROUPS,
+            SEGMENT=COUNTED_GROUPS,
+            SEGMENTS=COUNTED_SEGMENTS,
             BLOCK=BLOCK,
             BLOCKS=LISTED_BLOCKS,
             num_warps=4,
