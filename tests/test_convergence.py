@@ -309,6 +309,7 @@ class TestRuns:
             ("sampled-64-1", "sampled-64-0"): "seed",
             ("sampled-64-1", "exact-1"): "gradient",
             ("sgd-sampled-64-0", "sgd-exact-0"): "gradient",
+            ("sgd-exact-1", "sgd-exact-0"): "seed",
             **{(f"sampled-{inverse}-0", "exact-0"): "gradient" for inverse in (16, 32, 64, 128)},
             **{(f"sampled-{inverse}-0", "exact-short-0"): "gradient and steps" for inverse in (16, 32, 64, 128)},
         }

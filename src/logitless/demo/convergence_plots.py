@@ -22,7 +22,8 @@ from logitless.demo.study import RUNS, pairing
 # has both.
 EXACT = LIGHT.heads["exact"]
 SAMPLED = {1 / 16: "#e69f00", 1 / 32: "#cc79a7", 1 / 64: LIGHT.heads["sampled"], 1 / 128: "#009e73"}
-SECOND_SEED, SGD, SHORT = (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5))
+SECOND_SEED, SHORT = (0, (5, 2)), (0, (5, 1.5, 1, 1.5))
+SGD, SECOND_SGD = (0, (1, 1.2)), (0, (1, 3))
 SMOOTHED_STEPS = 50
 # The loss falls so fast at first that on an axis with all of it the rest is flat.
 SHOWN_FROM = 0.2
@@ -105,7 +106,7 @@ def _draw_deciles(results: Results) -> Figure:
         label = f"{name} less {other}"
         if pairing(name, other) == "gradient":
             axes.plot(places, differences, label=label, marker="o", markersize=4, **_line(name))
-        if pairing(name, other) == "seed" and RUNS[name].head == "exact":
+        if pairing(name, other) == "seed" and (RUNS[name].head, RUNS[name].optimizer) == ("exact", "adamw"):
             sizes = np.abs(differences)
             axes.fill_between(places, -sizes, sizes, color=LIGHT.grid, label=f"{label}, either sign")
     axes.set_xticks(places)
@@ -154,7 +155,7 @@ def _line(name: str) -> dict[str, Any]:
     colour = EXACT if run.head == "exact" else SAMPLED[run.threshold]
     dashes = "solid"
     if run.optimizer == "sgd":
-        dashes = SGD
+        dashes = SECOND_SGD if run.seed else SGD
     elif run.share < 1:
         dashes = SHORT
     elif run.seed:

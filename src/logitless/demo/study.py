@@ -72,6 +72,7 @@ RUNS = {
     "sampled-128-0": Run("sampled", threshold=1 / 128),
     "sgd-exact-0": Run("exact", optimizer="sgd"),
     "sgd-sampled-64-0": Run("sampled", optimizer="sgd"),
+    "sgd-exact-1": Run("exact", seed=1, optimizer="sgd"),
 }
 
 
