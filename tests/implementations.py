@@ -54,13 +54,14 @@ class Implementation:
     kept: int | None = None  # windows kept besides those that lodge in the weight's gradient
     prepared: bool = False  # whether the gradient of the logits is formed in the forward pass
     sampled: bool = False
+    scan: logitless.options.Scan = "input"
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def gradient(self) -> str | logitless.Sampled:
-        return logitless.Sampled(threshold=KEEP_ALL) if self.sampled else "exact"
+        return logitless.Sampled(threshold=KEEP_ALL, scan=self.scan) if self.sampled else "exact"
 
     @property
     def any_upstream(self) -> bool:
@@ -104,6 +105,8 @@ STORED = Implementation("torch-stored", "torch", "stored")
 CHUNKED = Implementation("torch-chunked", "torch", "chunked", rows=5)
 WINDOWED = Implementation("torch-windowed", "torch", "windowed", rows=5, window=7)
 SAMPLED = Implementation("torch-sampled", "torch", "sampled", rows=5, sampled=True)
+REFERENCE_ESTIMATED = Implementation("reference-estimated", "reference", sampled=True, scan="fp8")
+ESTIMATED = Implementation("torch-estimated", "torch", "sampled", rows=5, sampled=True, scan="fp8")
 LOSS_ONLY = Implementation("torch-loss_only", "torch", "loss_only", rows=5)
 
 TRITON_STORED = Implementation("triton-stored", "triton", "stored")
@@ -122,5 +125,7 @@ KERNELS = (TRITON_STORED, TRITON_PREPARED, TRITON_CHUNKED, TRITON_WINDOWED, TRIT
 TRITON = KERNELS if WITH_TRITON else ()
 IMPLEMENTATIONS = TORCH + TRITON
 ANY_UPSTREAM = tuple(implementation for implementation in IMPLEMENTATIONS if implementation.any_upstream)
+# All whose loss is an estimate, which do not know every per-token output.
+ESTIMATES = (REFERENCE_ESTIMATED, ESTIMATED)
 # All that serve where no gradient is wanted.
 FORWARD_ONLY = (LOSS_ONLY, TRITON_LOSS_ONLY) if WITH_TRITON else (LOSS_ONLY,)

@@ -68,6 +68,7 @@ class Head:
                 biased=bias is not None,
                 softcapped=self.softcap is not None,
                 threshold=None,
+                scan="input",
                 compacted=False,
                 weight_layout="rows",
                 main_grad=False,

@@ -91,11 +91,12 @@ def test_statistics_in_one_graph(backend):
     assert_same(loss_and_gradients(whole, inputs(bias=True)), loss_and_gradients(objective, inputs(bias=True)))
 
 
-def test_sampled_in_one_graph():
+@pytest.mark.parametrize("scan", ["input", "fp8"])
+def test_sampled_in_one_graph(scan):
     """Keeping every block, sampled equals exact."""
 
     def loss(input, weight, target):
-        gradient = logitless.Sampled(threshold=1e-30)
+        gradient = logitless.Sampled(threshold=1e-30, scan=scan)
         return logitless.linear_cross_entropy(input, weight, target, gradient=gradient, label_smoothing=0.125)
 
     def exact(input, weight, target):

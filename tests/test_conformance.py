@@ -10,7 +10,7 @@ import torch
 
 import logitless
 import plain
-from implementations import ANY_UPSTREAM, FORWARD_ONLY, IMPLEMENTATIONS, REFERENCE, Implementation
+from implementations import ANY_UPSTREAM, ESTIMATES, FORWARD_ONLY, IMPLEMENTATIONS, REFERENCE, Implementation
 from problems import (
     Case,
     Problem,
@@ -66,7 +66,7 @@ def test_cases_cover_all_pairs():
         assert {(c[first], c[second]) for c in choices} == {(i, j) for i in factors[first] for j in factors[second]}
 
 
-@each_implementation
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *ESTIMATES], ids=str)
 @pytest.mark.parametrize("case", loss_cases(), ids=str)
 def test_loss_and_gradients(implementation, case):
     skip_unless_serves(implementation, case.reduction)

@@ -62,6 +62,7 @@ BUSY = replace(
     LARGE, bias=True, class_weight=True, token_weight=True, ignored=True, label_smoothing=0.125, z_loss=2.0**-7
 )
 SAMPLED = logitless.Sampled(threshold=1 / 8)
+ESTIMATED = logitless.Sampled(threshold=1 / 8, scan="fp8")
 
 SCENARIOS = [
     Scenario("auto", LARGE),
@@ -89,6 +90,12 @@ SCENARIOS = [
     Scenario("sampled-busy-bf16", replace(BUSY, dtype=torch.bfloat16, softcap=5.0), gradient=SAMPLED),
     Scenario("sampled-none", replace(BUSY, reduction="none"), gradient=SAMPLED),
     Scenario("sampled-flat", replace(LARGE, data="flat"), gradient=SAMPLED),
+    Scenario("estimated", LARGE, gradient=ESTIMATED),
+    Scenario("estimated-flat", replace(LARGE, data="flat"), gradient=ESTIMATED),
+    Scenario("estimated-busy-bf16", replace(BUSY, dtype=torch.bfloat16, softcap=5.0), gradient=ESTIMATED),
+    Scenario("estimated-busy", BUSY, gradient=ESTIMATED),
+    Scenario("estimated-fp64", replace(BUSY, dtype=torch.float64), gradient=ESTIMATED),
+    Scenario("estimated-wide", replace(BUSY, leading=(33,), vocabulary=515), hidden=1536, gradient=ESTIMATED),
 ]
 
 

@@ -150,7 +150,7 @@ RANKS = (
     {"compiled"},
     {"validation", "objective", "planning", "operators"},
     {"schedules"},
-    {"backends", "sampling"},
+    {"backends", "sampling", "quantisation"},
     {"options"},
 )
 

@@ -100,3 +100,33 @@ def test_refusals():
     problem.target[1:] = -100
     with pytest.raises(ValueError, match="at least two tokens that count, got 1"):
         report(problem)
+
+
+def test_loss_is_exact_or_its_error_is_measured():
+    """Rounded logits: those of the inputs' dtype. The estimate's error falls with the threshold."""
+    problem = random_problem(48, 16, VOCABULARY).to(torch.bfloat16)
+    problem.target[::5] = -100
+    assert report(problem, gradient=sampled(1 / 4)).loss is None
+    coarse, fine = (
+        report(problem, gradient=logitless.Sampled(threshold, scan="fp8", generator=generator(1))).loss
+        for threshold in (1 / 2, 1 / 64)
+    )
+    hidden, weight = problem.input.detach(), problem.linear_weight.detach()
+    scores = hidden @ weight.T
+    losses, exact = (
+        torch.nn.functional.cross_entropy(z.double(), problem.target, reduction="none", ignore_index=-100)
+        for z in (scores, hidden.double() @ weight.double().T)
+    )
+    rounding = (losses - exact)[problem.target != -100]
+    assert coarse.rounded_rms == pytest.approx(rounding.square().mean().sqrt().item(), rel=1e-3)
+    assert coarse.rounded_bias == pytest.approx(rounding.mean().item(), rel=1e-2, abs=1e-6)
+    assert coarse.rounded_rms == fine.rounded_rms
+    assert 0 < fine.rms < coarse.rms / 2
+    assert abs(coarse.bias) < coarse.rms / 2
+
+
+def test_printed_error_of_the_loss():
+    problem = random_problem(8, 16, VOCABULARY).to(torch.float32)
+    text = str(report(problem, gradient=logitless.Sampled(1 / 4, scan="fp8"), draws=2))
+    assert "loss of a token: error" in text
+    assert "with rounded logits" in text

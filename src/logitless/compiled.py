@@ -20,7 +20,7 @@ from logitless import backends, planning
 from logitless.backends.contract import Gradients, Shape, Statistics
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.operators import Call, differentiate, evaluate
-from logitless.options import HeadOptions, LossOptions
+from logitless.options import HeadOptions, LossOptions, Scan
 from logitless.schedules import Forced
 
 
@@ -33,6 +33,7 @@ class Settings:
         workspace: bytes, or None.
         head: scale and cap of the logits.
         threshold: of the sampled gradient, or None.
+        scan: of the sampled gradient.
         compute_dtype: of the products' operands.
         wants: whether the gradients of hidden states, weight and bias are wanted.
         forced: what ``force_strategy`` demands.
@@ -42,6 +43,7 @@ class Settings:
     workspace: int | None
     head: HeadOptions
     threshold: float | None
+    scan: Scan
     compute_dtype: torch.dtype
     wants: tuple[bool, bool, bool]
     forced: Forced | None
@@ -79,6 +81,7 @@ def written(settings: Settings, objective: LossObjective | StatisticsObjective, 
         settings.workspace,
         (head.logit_scale, head.softcap),
         settings.threshold,
+        settings.scan,
         dtype,
         settings.wants,
         demanded,
@@ -91,12 +94,13 @@ def written(settings: Settings, objective: LossObjective | StatisticsObjective, 
 
 @functools.lru_cache(maxsize=256)
 def _read(text: str) -> _Text:
-    backend, workspace, head, threshold, dtype, wants, demanded, loss, outputs, uniform = ast.literal_eval(text)
+    backend, workspace, head, threshold, scan, dtype, wants, demanded, loss, outputs, uniform = ast.literal_eval(text)
     settings = Settings(
         backend=backend,
         workspace=workspace,
         head=HeadOptions(*head),
         threshold=threshold,
+        scan=scan,
         compute_dtype=getattr(torch, dtype.removeprefix("torch.")),
         wants=wants,
         forced=None if demanded is None else Forced(*demanded),
@@ -155,6 +159,7 @@ def _call(
         biased=bias is not None,
         softcapped=settings.head.softcap is not None,
         threshold=settings.threshold,
+        scan=settings.scan,
         compacted=not hidden.is_contiguous(),
         main_grad=False,
         functional=True,

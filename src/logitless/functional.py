@@ -202,6 +202,7 @@ def token_statistics(
     validation.check_group(group)
     validation.check_head(input, linear_weight, target, linear_bias)
     names = validation.check_outputs(outputs)
+    validation.check_scan(validation.check_gradient(gradient), names)
     validation.check_index("ignore_index", ignore_index)
     tokens = _Tokens.of(target, linear_weight.shape[0], ignore_index)
     dtype = _statistics_dtype(_compute_dtype(input, linear_weight))
@@ -346,11 +347,13 @@ def _evaluate(
     offsets = None
     if sampled is not None and any(wants):
         offsets = _offsets(tokens.target.shape[0], hidden.device, sampled.generator)
-    threshold = None if sampled is None else sampled.threshold
+    threshold, scan = (None, "input") if sampled is None else (sampled.threshold, sampled.scan)
     if torch.compiler.is_compiling():
         if main_grad is not None:
             raise NotImplementedError("main_grad is not supported under torch.compile; call this loss outside of it")
-        settings = compiled.Settings(backend, budget, head, threshold, compute_dtype, wants, schedules.forced())
+        settings = compiled.Settings(
+            backend, budget, head, threshold, scan, compute_dtype, wants, schedules.forced()
+        )  # fmt: skip
         return compiled.apply(
             hidden, linear_weight, linear_bias, tokens.target, tokens.mask, objective, smoothing, offsets, settings
         )
@@ -366,6 +369,7 @@ def _evaluate(
         biased=linear_bias is not None,
         softcapped=head.softcap is not None,
         threshold=threshold,
+        scan=scan,
         compacted=tokens.rows is not None or not hidden.is_contiguous(),
         main_grad=main_grad is not None,
         functional=False,

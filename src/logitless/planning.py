@@ -138,6 +138,7 @@ def plan(
         biased=False,
         softcapped=False,
         threshold=None if sampled is None else sampled.threshold,
+        scan="input" if sampled is None else sampled.scan,
         compacted=False,
         weight_layout="rows",
         main_grad=main_grad,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from logitless import validation
 from logitless.functional import linear_cross_entropy
@@ -41,6 +42,24 @@ class GradientNoise:
 
 
 @dataclass(frozen=True)
+class LossError:
+    """Errors of the losses of single tokens, in nats, where a scan in fewer bits makes the loss an estimate.
+
+    Attributes:
+        rms: root mean square of the estimate's error, over tokens and draws.
+        bias: mean of the estimate's error.
+        rounded_rms: root mean square of the error that comes of logits rounded to the dtype of the inputs, as those of
+            the two-stage pipeline are.
+        rounded_bias: mean of that error.
+    """
+
+    rms: float
+    bias: float
+    rounded_rms: float
+    rounded_bias: float
+
+
+@dataclass(frozen=True)
 class SamplingReport:
     """What ``sampling_report`` measured; ``print`` it.
 
@@ -54,6 +73,7 @@ class SamplingReport:
         certain_mass: mean over tokens of the softmax mass in blocks that are always kept.
         draws: sampled gradients that were compared with the exact one.
         noise: by tensor: ``"input"``, ``"linear_weight"``, ``"linear_bias"``, as far as they are there.
+        loss: errors of the tokens' negative log-likelihoods; None where these are exact.
     """
 
     threshold: float
@@ -65,6 +85,7 @@ class SamplingReport:
     certain_mass: float
     draws: int
     noise: dict[str, GradientNoise]
+    loss: LossError | None
 
     def __str__(self) -> str:
         lines = [
@@ -80,6 +101,11 @@ class SamplingReport:
             added = f"{noise.added:>15.2%}" if noise.added is not None else ""
             lines.append(f"  {name:<14} {noise.one_draw:>8.2g} {noise.mean:>12.2g} {own} {added}".rstrip())
         lines.append("  errors relative to the exact gradient; minibatch: that gradient's own error as an estimate")
+        if self.loss is not None:
+            lines.append(
+                f"  loss of a token: error {self.loss.rms:.2g} rms, {self.loss.bias:+.1g} on average; "
+                f"with rounded logits {self.loss.rounded_rms:.2g} rms, {self.loss.rounded_bias:+.1g} on average"
+            )
         return "\n".join(lines)
 
 
@@ -106,7 +132,8 @@ def sampling_report(
     Says how many vocabulary blocks the backward pass would compute, how far a sampled gradient lies from the exact one,
     that the mean of several lies nearer as it must, and how all that compares with the noise which the gradient of a
     minibatch has anyway. Costs the exact gradient three times, the sampled one ``draws`` times, and one product of the
-    logits in fp32, 64 MiB at a time. Nothing of it is recorded by autograd. The method: ``docs/design.md``.
+    logits in fp32, 64 MiB at a time; with a scan in fewer bits also the exact loss of inputs and weight copied to fp32.
+    Nothing of it is recorded by autograd. The method: ``docs/design.md``.
 
     Args:
         input: hidden states [..., D], as in ``linear_cross_entropy``.
@@ -165,6 +192,24 @@ def sampling_report(
     if label_smoothing and softcap is not None:  # blocks are kept by a mixture then
         smoothing = 1.0 if weight is None else weight
     kept, certain = _kept_blocks(input, target, counted, sampled.threshold, smoothing, at_a_time, logits)
+    loss_error = None
+    if sampled.scan != "input":
+        likelihood = partial(
+            linear_cross_entropy,
+            **leaves,
+            target=target,
+            reduction="none",
+            ignore_index=ignore_index,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            workspace=workspace,
+            backend=backend,
+        )
+        rounded = _losses_with_logits(input, target, counted, at_a_time, logits)
+        wide = {name: torch.promote_types(leaf.dtype, torch.float32) for name, leaf in leaves.items()}
+        with torch.no_grad():  # on a CPU products of bf16 are rounded to it
+            exact = likelihood(**{name: leaf.to(wide[name]) for name, leaf in leaves.items()}).reshape(-1)[counted]
+        loss_error = _loss_error(likelihood, exact, rounded, counted, sampled, draws)
     return SamplingReport(
         threshold=sampled.threshold,
         tokens=len(counted),
@@ -175,6 +220,7 @@ def sampling_report(
         certain_mass=certain.mean().item(),
         draws=draws,
         noise=noise,
+        loss=loss_error,
     )
 
 
@@ -215,6 +261,39 @@ def _noise(
             minibatch=None if name == "input" else between,
         )
     return result
+
+
+def _loss_error(
+    likelihood: Callable[..., torch.Tensor],
+    exact: torch.Tensor,  # [N]
+    rounded: torch.Tensor,  # [N]
+    counted: torch.Tensor,
+    sampled: Sampled,
+    draws: int,
+) -> LossError:
+    with torch.enable_grad():  # where no gradient is wanted nothing is estimated
+        estimates = [likelihood(gradient=sampled).detach().reshape(-1)[counted] for _ in range(draws)]
+    error, rounding = torch.stack(estimates) - exact, rounded - exact
+    return LossError(
+        rms=error.square().mean().sqrt().item(),
+        bias=error.mean().item(),
+        rounded_rms=rounding.square().mean().sqrt().item(),
+        rounded_bias=rounding.mean().item(),
+    )
+
+
+@torch.no_grad()
+def _losses_with_logits(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    counted: torch.Tensor,
+    step: int,
+    logits: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """[N] of the tokens that count, ``step`` at a time."""
+    hidden, targets = input.reshape(-1, input.shape[-1])[counted], target.reshape(-1)[counted]
+    parts = zip(hidden.split(step), targets.split(step), strict=True)
+    return torch.cat([F.cross_entropy(logits(rows), at.long(), reduction="none") for rows, at in parts])
 
 
 def _logits(

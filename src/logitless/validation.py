@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from logitless.options import BACKENDS, REDUCTIONS, TOKEN_OUTPUTS, Sampled
+from logitless.options import BACKENDS, ESTIMATED_OUTPUTS, REDUCTIONS, TOKEN_OUTPUTS, Sampled
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -48,6 +48,18 @@ def check_gradient(value: object) -> Sampled | None:
         hint = "; write Sampled()" if value is Sampled or value == "sampled" else ""
         raise ValueError(f"gradient must be 'exact' or a logitless.Sampled, got {value!r}{hint}")
     return None
+
+
+def check_scan(gradient: Sampled | None, outputs: tuple[str, ...]) -> None:
+    """Refuse per-token outputs that a scan in fewer bits does not know."""
+    if gradient is None or gradient.scan == "input":
+        return
+    unknown = [name for name in outputs if name not in ESTIMATED_OUTPUTS]
+    if unknown:
+        raise ValueError(
+            f"outputs={unknown[0]!r} needs every logit in full, and Sampled(scan={gradient.scan!r}) computes those of "
+            "the blocks it keeps: use Sampled(scan='input')"
+        )
 
 
 def check_number(

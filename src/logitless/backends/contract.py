@@ -33,7 +33,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from logitless.options import HeadOptions
+from logitless.options import HeadOptions, Scan
 
 TensorForm = tuple[tuple[int, ...], torch.dtype]
 """Size and dtype of a tensor."""
@@ -65,6 +65,7 @@ class Shape:
         biased: whether the head has a bias.
         softcapped: whether the logits are capped.
         threshold: that of the sampled gradient, None for the exact one.
+        scan: precision of the sampled gradient's scan; ``"input"`` for the exact one.
         compacted: whether the hidden states are a packed copy of the caller's (rows left out, or unusual strides).
         weight_layout: of the weight in memory: ``"rows"`` one after the other, aligned to 16 bytes; ``"columns"`` one
             after the other; ``"unaligned"`` rows; or ``"strided"``, neither.
@@ -86,6 +87,7 @@ class Shape:
     biased: bool
     softcapped: bool
     threshold: float | None
+    scan: Scan
     compacted: bool
     weight_layout: WeightLayout
     main_grad: bool
@@ -125,6 +127,11 @@ class Shape:
         if self.compute_dtype == torch.float16 and self.device_type == "cpu":
             return torch.float32
         return self.compute_dtype
+
+    @property
+    def estimated(self) -> bool:
+        """Whether statistics come from a scan in fewer bits, corrected by the blocks that are kept."""
+        return self.scan != "input" and self.any_gradient
 
     @property
     def any_gradient(self) -> bool:

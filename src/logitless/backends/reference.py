@@ -7,6 +7,13 @@ gradient of a row's capped logits, scale apart, is
 
 which for r = 1 is the form of ``Coefficients`` times the chain factor of the cap. Memory is that of the
 two-stage pipeline and more; of the schedule, only whether the gradient is sampled matters.
+
+A scan in fewer bits knows logits y instead of z. Blocks are kept by their mass under y, and what is known of them in
+full corrects its sums, as a control variate does:
+
+    Z = Z_y + sum_b r_b (sum_{v in b} e^{z_v} - sum_{v in b} e^{y_v})      E[Z] = sum_v e^{z_v}
+
+but never below what the listed blocks alone hold; logsumexp is log Z.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from logitless.backends.contract import (
     TensorForm,
 )
 from logitless.options import BLOCK
+from logitless.quantisation import left_operand, loud_channels, right_operand
 from logitless.sampling import block_sums, inclusion_weights, mix_in_smoothing
 
 SKIPS_ROWS = False
@@ -71,7 +79,20 @@ def _operands(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 def _logits(problem: Problem) -> torch.Tensor:
     """[N, V] logits after scale, bias and cap."""
     hidden, weight = _operands(problem)
-    z = problem.head.logit_scale * (hidden @ weight.T)
+    return _after_product(problem, hidden @ weight.T)
+
+
+def _scanned_logits(problem: Problem) -> torch.Tensor:
+    """[N, V] the logits that the scan knows."""
+    if not problem.shape.estimated:
+        return _logits(problem)
+    hidden, weight = _operands(problem)
+    channels = loud_channels(hidden)
+    return _after_product(problem, left_operand(hidden, channels) @ right_operand(weight, channels).T)
+
+
+def _after_product(problem: Problem, products: torch.Tensor) -> torch.Tensor:
+    z = problem.head.logit_scale * products
     if problem.bias is not None:
         z = z + problem.bias.to(z.dtype)
     if problem.head.softcap is not None:
@@ -81,8 +102,10 @@ def _logits(problem: Problem) -> torch.Tensor:
 
 def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | None) -> Statistics:
     """Statistics from full logits."""
-    del schedule, ahead
+    del ahead
     z = _logits(problem)
+    if schedule.strategy == "sampled" and problem.shape.estimated:
+        return _estimated(problem, z)
     wanted = problem.shape.statistics
     target_logit = z.gather(1, problem.target[:, None])
     lse = z.logsumexp(1)
@@ -97,16 +120,31 @@ def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | No
     )
 
 
-def block_weights(problem: Problem, statistics: Statistics) -> torch.Tensor:
+def _estimated(problem: Problem, z: torch.Tensor) -> Statistics:
+    """Statistics from a scan in fewer bits, corrected by the blocks that are kept; of logits z."""
+    y, r = _scanned_logits(problem), _block_weights(problem)
+    lse = y.logsumexp(1)
+    sums, scanned = (block_sums((logits - lse[:, None]).exp()) for logits in (z, y))
+    total = 1 + (r * (sums - scanned)).sum(1)
+    listed = (r > 0).scatter(1, problem.target[:, None] // BLOCK, True)
+    total = torch.maximum(total, torch.where(listed, sums, 0.0).sum(1))
+    smooth = None
+    if problem.smoothing is not None:
+        smooth = (z * problem.smoothing).sum(1)  # without a cap one vector product, so exact
+        if problem.head.softcap is not None:
+            sums, scanned = (block_sums(logits * problem.smoothing) for logits in (z, y))
+            smooth = (scanned + r * (sums - scanned)).sum(1)
+    return Statistics(
+        logsumexp=lse + total.log(), target_logit=z.gather(1, problem.target[:, None])[:, 0], smooth_logit=smooth
+    )  # fmt: skip
+
+
+def _block_weights(problem: Problem) -> torch.Tensor:
     """[N, B] weight of each block in the sampled gradient: 0 where it is left out."""
-    p = (_logits(problem) - statistics.logsumexp[:, None]).exp()
-    return _block_weights(problem, p)
-
-
-def _block_weights(problem: Problem, p: torch.Tensor) -> torch.Tensor:
     threshold, offsets = problem.shape.threshold, problem.offsets
     assert threshold is not None
     assert offsets is not None
+    p = _scanned_logits(problem).softmax(1)
     masses = block_sums(p)
     if problem.smoothing is not None and problem.head.softcap is not None:
         masses = mix_in_smoothing(masses, problem.smoothing, problem.shape.vocabulary)
@@ -122,7 +160,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     k = torch.zeros_like(z) if head.softcap is None else (z / head.softcap).square()
     r = torch.ones_like(z)
     if schedule.strategy == "sampled":
-        r = _block_weights(problem, p).repeat_interleave(BLOCK, 1)[:, : shape.vocabulary]
+        r = _block_weights(problem).repeat_interleave(BLOCK, 1)[:, : shape.vocabulary]
 
     dz = p * coefficients.a[:, None]
     if coefficients.b is not None:

@@ -10,9 +10,11 @@ import math
 
 from logitless.backends.contract import Schedule, Shape
 from logitless.backends.torch.dense import ADDED_ROWS, PARTIAL, TARGET_ROWS
-from logitless.backends.torch.sampled import GROUP_ROWS
+from logitless.backends.torch.estimated import ROUNDED_ROWS
+from logitless.backends.torch.pairs import GROUP_ROWS
 from logitless.backends.torch.tiles import scratch_elements
 from logitless.options import BLOCK
+from logitless.quantisation import LOUD
 from logitless.sampling import block_count, kept_pairs_bound
 
 # Vectors of 8 bytes a row that live at the same time, statistics and what forms them; counted high.
@@ -151,10 +153,12 @@ def _chunked(shape: Shape, schedule: Schedule) -> int:
 def _pairs(shape: Shape) -> int:
     """Row, weight and index of each kept pair, while they are put in order; then the values of its row."""
     assert shape.threshold is not None
-    return kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold) * 120
+    return kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold) * (160 if shape.estimated else 120)
 
 
 def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
+    if shape.estimated:
+        return max(_estimated_scan(shape, schedule), _correction(shape))
     rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
     # The table of block masses and the float64 sums, masks and indices of the selection.
     table = rows * block_count(shape.vocabulary) * 56
@@ -165,6 +169,34 @@ def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
         + _weight_copy(shape, window)
         + table
         + _pairs(shape)
+    )
+
+
+def _estimated_scan(shape: Shape, schedule: Schedule) -> int:
+    """Operands in the statistics dtype, and what rounding some of their rows takes."""
+    rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
+    width, item = shape.hidden + 2 * LOUD, shape.statistics_dtype.itemsize
+    tables = 2 if "smooth_logit" in shape.statistics else 1
+    return (
+        (shape.tokens + schedule.window) * width * item
+        + 8 * ROUNDED_ROWS * width * item
+        + schedule.rows * schedule.window * item
+        + _product_scratch(shape, rows * window * item)
+        + (2 if "smooth_logit" in shape.statistics else 1) * _scratch(shape, rows, window, gradient=False)
+        + rows * block_count(shape.vocabulary) * (56 + 8 * tables)
+        + _pairs(shape)
+    )
+
+
+def _correction(shape: Shape) -> int:
+    """Gathered rows against a block, their logits, and what is added up of them."""
+    item = shape.statistics_dtype.itemsize
+    return (
+        _pairs(shape)
+        + (GROUP_ROWS + BLOCK) * shape.hidden * (shape.hidden_dtype.itemsize + shape.weight_dtype.itemsize + item)
+        + 4 * GROUP_ROWS * BLOCK * item
+        + (PARTIAL + 1) * shape.hidden * item
+        + 16 * GROUP_ROWS * 8
     )
 
 

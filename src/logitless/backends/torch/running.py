@@ -41,9 +41,13 @@ class RunningStatistics:
         """[R] of the last window, where the projection's softmax is fused."""
         self.blocks: torch.Tensor | None = None
         """[R, B] log-sum-exp of each vocabulary block, where the gradient is sampled."""
+        self.smooth_blocks: torch.Tensor | None = None
+        """[R, B] sum of each block's logits weighted by the smoothing, where it is estimated from some of them."""
         if shape.threshold is not None and shape.any_gradient:
             table = (count, block_count(shape.vocabulary))
             self.blocks = torch.empty(table, dtype=shape.statistics_dtype, device=device)
+            if shape.estimated and self._smooth is not None:
+                self.smooth_blocks = torch.empty_like(self.blocks)
 
     def add(self, raw: torch.Tensor, columns: slice, projection: Projection, *, leave_softmax: bool = False) -> None:
         """Take in a tile of raw products [R, U]; windows come in order, all of one width.
@@ -72,6 +76,10 @@ class RunningStatistics:
             assert smoothing is not None
             smooth = z @ smoothing if isinstance(smoothing, torch.Tensor) else z.sum(1) * smoothing
             self._smooth[rows] += smooth
+            if self.smooth_blocks is not None:
+                sums = block_sums(z * smoothing)
+                first_block = columns.start // BLOCK
+                self.smooth_blocks[rows, first_block : first_block + sums.shape[1]] = sums
 
         if projection.fused_softmax:
             # ``z`` becomes the window's own softmax, in units of its log-sum-exp.

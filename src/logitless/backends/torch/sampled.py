@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +23,6 @@ from logitless.backends.contract import (
     TensorForm,
 )
 from logitless.backends.torch.dense import (
-    PARTIAL,
     PartialSum,
     add_target_rows,
     concatenate,
@@ -33,31 +30,17 @@ from logitless.backends.torch.dense import (
     new_gradients,
     new_weight_gradient,
 )
+from logitless.backends.torch.estimated import Scanned, ScanProjection, corrected
+from logitless.backends.torch.pairs import GROUP_ROWS, Pairs
 from logitless.backends.torch.running import RunningStatistics
+from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights, weighted_row_sum
 from logitless.backends.torch.tiles import Projection, RowValues, slices
 from logitless.options import BLOCK
 from logitless.sampling import block_count, inclusion_weights, kept_pairs_bound, mix_in_smoothing
 
-# Pairs of one block that are computed at a time; bounds the gathered rows of a block that every row keeps.
-GROUP_ROWS = 1024
 # Rows of a group are padded with zeros to a multiple of this: the CPU's library compiles a product for each new shape,
 # which takes longer than a small product itself (0.57 ms against 0.12 ms at D=768 in bf16).
 ROW_MULTIPLE = 32
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What the sampled gradient keeps: pairs of a row and a vocabulary block, grouped by block.
-
-    Attributes:
-        rows: [P] int32 row of each pair; ascending within a block, so no row twice.
-        weights: [P] inverse inclusion probability; 0 where the block is listed for its target alone.
-        starts: [B + 1]: the pairs of block b are ``starts[b]`` to ``starts[b + 1]``.
-    """
-
-    rows: torch.Tensor
-    weights: torch.Tensor
-    starts: torch.Tensor
 
 
 def residuals(shape: Shape) -> list[TensorForm]:
@@ -71,9 +54,10 @@ def residuals(shape: Shape) -> list[TensorForm]:
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
     """Statistics, and the pairs that the backward pass will compute."""
     shape = problem.shape
-    projection = Projection(problem, schedule.rows, schedule.window)
+    kind = ScanProjection if shape.estimated else Projection
+    projection = kind(problem, schedule.rows, schedule.window)
     buffer = projection.buffer(schedule.rows * schedule.window)
-    parts = []
+    parts, scanned_of = [], []
     rows_of, blocks_of = ([torch.empty(0, dtype=torch.int32, device=buffer.device)] for _ in range(2))
     weights_of = [torch.empty(0, dtype=shape.statistics_dtype, device=buffer.device)]
     for rows in slices(shape.tokens, schedule.rows):
@@ -87,11 +71,17 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         blocks_of.append(block.int())
         rows_of.append(row.int() + rows.start)
         weights_of.append(weights[row, block])
-    pairs = _group(rows_of, blocks_of, weights_of, block_count(shape.vocabulary))
-    tensors = [torch.empty(size, dtype=dtype, device=buffer.device) for size, dtype in residuals(shape)]
+        if shape.estimated:
+            scanned_of.append(Scanned.of(running, row, block))
+    statistics = concatenate(parts, problem)
+    del projection, buffer
+    pairs, order = _group(rows_of, blocks_of, weights_of, block_count(shape.vocabulary))
+    if shape.estimated:
+        statistics = corrected(problem, statistics, pairs, Scanned.joined(scanned_of, order))
+    tensors = [torch.empty(size, dtype=dtype, device=problem.hidden.device) for size, dtype in residuals(shape)]
     for tensor, values in zip(tensors, (pairs.rows, pairs.weights, pairs.starts), strict=True):
         tensor[: values.shape[0]] = values
-    return concatenate(parts, problem).leaving(tuple(tensors))
+    return statistics.leaving(tuple(tensors))
 
 
 def _select(
@@ -111,14 +101,17 @@ def _select(
     return listed, weights
 
 
-def _group(rows: list[torch.Tensor], blocks: list[torch.Tensor], weights: list[torch.Tensor], count: int) -> Pairs:
-    """Pairs of consecutive row chunks, each in order of block, put together in order of block."""
+def _group(
+    rows: list[torch.Tensor], blocks: list[torch.Tensor], weights: list[torch.Tensor], count: int
+) -> tuple[Pairs, torch.Tensor | None]:
+    """Pairs of consecutive row chunks, each in order of block, put together in order of block; and that order."""
     row, block, weight = torch.cat(rows), torch.cat(blocks), torch.cat(weights)
+    order = None
     if len(rows) > 2:  # the first is empty
         block, order = block.sort(stable=True)
         row, weight = row[order], weight[order]
     ends = torch.bincount(block, minlength=count).cumsum(0)
-    return Pairs(rows=row, weights=weight, starts=torch.cat((ends.new_zeros(1), ends)))
+    return Pairs(rows=row, weights=weight, starts=torch.cat((ends.new_zeros(1), ends))), order
 
 
 def backward(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> Gradients:
@@ -256,36 +249,21 @@ class SmoothingRankOne:
 
     def __init__(self, problem: Problem, d: torch.Tensor) -> None:
         """For coefficients d [N]."""
-        assert problem.smoothing is not None
         self._problem, self._d, self._scale = problem, d, problem.head.logit_scale
-
-    def _smoothing(self, columns: slice) -> torch.Tensor:
-        smoothing = self._problem.smoothing
-        assert smoothing is not None
-        if isinstance(smoothing, torch.Tensor):
-            return smoothing[columns]
-        return torch.full((columns.stop - columns.start,), smoothing, dtype=self._d.dtype, device=self._d.device)
 
     @functools.cached_property
     def _row_sum(self) -> torch.Tensor:
         """[D] sum of d_i x_i."""
-        return self._weighted_row_sum(self._problem.hidden, lambda rows: self._d[rows])
+        return weighted_row_sum(self._problem.hidden, lambda rows: self._d[rows], self._d.dtype)
 
     def add_to_weight(self, gradient: torch.Tensor, columns: slice) -> None:
         """To the rows ``columns`` of the weight gradient."""
-        gradient.addr_(self._smoothing(columns), self._row_sum, alpha=-self._scale)
+        gradient.addr_(smoothing_weights(self._problem, columns), self._row_sum, alpha=-self._scale)
 
     def add_to_hidden(self, gradient: torch.Tensor) -> None:
         """To the gradient of the hidden states, [N, D]."""
-        gradient.addr_(self._d, self._weighted_row_sum(self._problem.weight, self._smoothing), alpha=-self._scale)
+        gradient.addr_(self._d, smoothed_weight(self._problem), alpha=-self._scale)
 
     def add_to_bias(self, gradient: torch.Tensor) -> None:
         """To the gradient of the bias, [V]."""
-        gradient.sub_(self._smoothing(slice(0, gradient.shape[0])) * self._d.sum())
-
-    def _weighted_row_sum(self, matrix: torch.Tensor, weights: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-        """[D] weighted sum of the rows of a [R, D] matrix, in the dtype of d."""
-        total = self._d.new_zeros(matrix.shape[1])
-        for rows in slices(matrix.shape[0], PARTIAL):
-            total += weights(rows) @ matrix[rows].to(total.dtype)
-        return total
+        gradient.sub_(smoothing_weights(self._problem, slice(0, gradient.shape[0])) * self._d.sum())

@@ -1,0 +1,139 @@
+"""The log-sum-exp from a scan in fewer bits, corrected by what the kept pairs hold in full: see ``reference.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from logitless.backends.contract import Problem, Statistics
+from logitless.backends.torch.pairs import GROUP_ROWS, Pairs
+from logitless.backends.torch.running import RunningStatistics
+from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights
+from logitless.backends.torch.tiles import Projection, slices
+from logitless.options import BLOCK
+from logitless.quantisation import left_operand, loud_channels, right_operand
+
+Operand = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Rows that are rounded at a time.
+ROUNDED_ROWS = 256
+
+
+class ScanProjection(Projection):
+    """The projection of operands in eight bits, its products in the statistics dtype."""
+
+    def __init__(self, problem: Problem, rows: int, columns: int) -> None:
+        """For tiles of at most [rows, columns]."""
+        super().__init__(problem, rows, columns)
+        self.dtype = self.statistics_dtype
+        self._channels = loud_channels(problem.hidden)
+        width = problem.shape.hidden + 2 * self._channels.shape[0]
+        self._window = self.buffer(columns * width).view(columns, width)
+        self.hidden = self.buffer(problem.shape.tokens * width).view(-1, width)
+        self._round(problem.hidden, left_operand, self.hidden)
+
+    def weight(self, columns: slice) -> torch.Tensor:
+        """[U, D + 2 C] those rows of the weight; valid until the next call."""
+        window = self._window[: columns.stop - columns.start]
+        self._round(self.problem.weight[columns], right_operand, window)
+        return window
+
+    def _round(self, matrix: torch.Tensor, operand: Operand, result: torch.Tensor) -> None:
+        for rows in slices(matrix.shape[0], ROUNDED_ROWS):
+            result[rows] = operand(matrix[rows].to(self.problem.shape.compute_dtype), self._channels)
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What the scan knows of the pairs' blocks.
+
+    Attributes:
+        share: [P] their sums of exponentials, as shares of the row's.
+        smooth: [P] their logits' sums weighted by the smoothing, where that is estimated, else None.
+    """
+
+    share: torch.Tensor
+    smooth: torch.Tensor | None
+
+    @classmethod
+    def of(cls, running: RunningStatistics, row: torch.Tensor, block: torch.Tensor) -> Scanned:
+        """Those pairs of a chunk of rows."""
+        assert running.blocks is not None
+        smooth = running.smooth_blocks
+        return cls(running.blocks[row, block], None if smooth is None else smooth[row, block])
+
+    @classmethod
+    def joined(cls, parts: list[Scanned], order: torch.Tensor | None) -> Scanned:
+        """Those of consecutive chunks, in the given order of all."""
+
+        def together(values: list[torch.Tensor]) -> torch.Tensor:
+            joined = torch.cat(values)
+            return joined if order is None else joined[order]
+
+        smooth = [part.smooth for part in parts if part.smooth is not None]
+        return cls(together([part.share for part in parts]), together(smooth) if smooth else None)
+
+
+def corrected(problem: Problem, statistics: Statistics, pairs: Pairs, scanned: Scanned) -> Statistics:
+    """Statistics of the scan, log-sum-exp and smoothed logits corrected; the targets' logits are those of the pairs.
+
+    The pairs' products are in the statistics dtype: those that a CPU rounds to bf16 would be off by more than the scan.
+    """
+    shape = problem.shape
+    projection = Projection(problem, GROUP_ROWS, BLOCK)
+
+    def wide(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.to(shape.compute_dtype).to(shape.statistics_dtype)
+
+    rows = pairs.rows.long()
+    target = problem.target[rows]
+    share, smooth = torch.empty_like(scanned.share), None if scanned.smooth is None else torch.empty_like(scanned.share)
+    target_logit = torch.empty_like(statistics.target_logit)
+    starts: list[int] = pairs.starts.tolist()
+    for block, columns in enumerate(slices(shape.vocabulary, BLOCK)):
+        weight = wide(problem.weight[columns])
+        for group in slices(starts[block + 1] - starts[block], GROUP_ROWS):
+            here = slice(starts[block] + group.start, starts[block] + group.stop)
+            z = projection.logits_(wide(problem.hidden[rows[here]]) @ weight.T, columns)
+            share[here] = (z.logsumexp(1) - statistics.logsumexp[rows[here]]).exp_()
+            if smooth is not None:
+                smooth[here] = z @ smoothing_weights(problem, columns)
+            hits = (target[here] // BLOCK == block).nonzero()[:, 0]
+            target_logit[rows[here][hits]] = z[hits, target[here][hits] - columns.start]
+    total = torch.ones_like(target_logit).index_add_(0, rows, pairs.weights * (share - scanned.share))
+    least = torch.zeros_like(total).index_add_(0, rows, share)
+    logsumexp = statistics.logsumexp + torch.maximum(total, least).log_()
+    return replace(
+        statistics,
+        logsumexp=logsumexp,
+        target_logit=target_logit,
+        smooth_logit=_smooth_logit(problem, projection, statistics, pairs, scanned, smooth),
+    )
+
+
+def _smooth_logit(
+    problem: Problem,
+    projection: Projection,
+    statistics: Statistics,
+    pairs: Pairs,
+    scanned: Scanned,
+    smooth: torch.Tensor | None,  # [P]
+) -> torch.Tensor | None:
+    """[N] sum of the logits weighted by the smoothing: without a cap one vector product, else estimated."""
+    if problem.smoothing is None:
+        return None
+    if problem.head.softcap is None:
+        vector, total = smoothed_weight(problem), torch.empty_like(statistics.logsumexp)
+        for rows in slices(problem.shape.tokens, GROUP_ROWS):
+            total[rows] = projection.hidden[rows].to(total.dtype) @ vector
+        total.mul_(problem.head.logit_scale)
+        if problem.bias is not None:
+            whole = slice(0, problem.shape.vocabulary)
+            total += problem.bias.to(total.dtype) @ smoothing_weights(problem, whole)
+        return total
+    assert statistics.smooth_logit is not None
+    assert smooth is not None
+    assert scanned.smooth is not None
+    return statistics.smooth_logit.index_add(0, pairs.rows.long(), pairs.weights * (smooth - scanned.smooth))

@@ -1,0 +1,78 @@
+"""Operands of the scan in eight bits: what a product of them computes, for backends to follow and tests to hold.
+
+Each row of the hidden states and of the weight is divided by its largest magnitude over 448 and rounded to e4m3, four
+digits of two. A logit's error is then a sum over channels of 2 % of their products, and a few channels make most of it:
+real hidden states have some that are ten to a hundred times as large as the rest. Those channels are taken twice:
+with what their rounding left over, rounded again, on either side. The product is
+
+    <x, w>  ~  s_x s_w (<q(x), q(w)> + <q(x)_C, r(w)_C> + <r(x)_C, q(w)_C>)
+
+with q a rounded row, r what that left over, rounded, and C the ``LOUD`` channels whose hidden states have the largest
+mean square. On SmolLM2's head that leaves 0.4 of the error for ``2 LOUD`` more columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+LOUD = 32
+FORMAT = torch.float8_e4m3fn
+LARGEST = 448.0
+# Rows whose squares are added up at a time, which bounds their copy in fp32.
+SUMMED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix [R, D] in eight bits.
+
+    Attributes:
+        values: [R, D] e4m3, in units of the row's scale.
+        left_over: [R, C] e4m3, in the same units: what rounding the loud channels left.
+        scale: [R] fp32 (fp64 for fp64 matrices).
+    """
+
+    values: torch.Tensor
+    left_over: torch.Tensor
+    scale: torch.Tensor
+
+
+def loud_channels(hidden: torch.Tensor) -> torch.Tensor:
+    """[C] int64 ascending indices of the channels of hidden states [N, D] that are taken twice."""
+    size = min(LOUD, hidden.shape[1])
+    energy = torch.zeros(hidden.shape[1], device=hidden.device)
+    for rows in hidden.split(SUMMED_ROWS):
+        energy += rows.float().square().sum(0)
+    return energy.nan_to_num(torch.inf).topk(size).indices.sort().values
+
+
+def quantise(
+    matrix: torch.Tensor,  # [R, D]
+    channels: torch.Tensor,  # [C]
+) -> Quantised:
+    """Rows in eight bits. A row of zeros has a scale of 1; one with NaN or infinity has NaN."""
+    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
+    largest = wide.abs().amax(1)
+    scale = torch.where(largest == 0, 1, largest / LARGEST)
+    scaled = wide / scale[:, None]
+    values = scaled.to(FORMAT)
+    left_over = scaled[:, channels] - values[:, channels].to(wide.dtype)
+    return Quantised(values, left_over.to(FORMAT), scale)
+
+
+def left_operand(matrix: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """[R, D + 2 C] what a product takes of the hidden states, scales multiplied in; in fp32, or fp64."""
+    quantised = quantise(matrix, channels)
+    values = quantised.values.to(quantised.scale.dtype)
+    left_over = quantised.left_over.to(quantised.scale.dtype)
+    return torch.cat((values, values[:, channels], left_over), 1) * quantised.scale[:, None]
+
+
+def right_operand(matrix: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """[R, D + 2 C] what it takes of the weight."""
+    quantised = quantise(matrix, channels)
+    values = quantised.values.to(quantised.scale.dtype)
+    left_over = quantised.left_over.to(quantised.scale.dtype)
+    return torch.cat((values, left_over, values[:, channels]), 1) * quantised.scale[:, None]
