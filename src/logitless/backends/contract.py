@@ -122,8 +122,11 @@ class Shape:
     def product_dtype(self) -> torch.dtype:
         """Dtype of the products' operands and results.
 
-        It is the compute dtype but for fp16 on the CPU, whose library products take a hundred times as long as in fp32.
+        It is the compute dtype but for fp16 on the CPU, whose library products take a hundred times as long as in fp32,
+        and where a scan in fewer bits is corrected: products rounded to bf16 would be off by more than the scan.
         """
+        if self.estimated:
+            return self.statistics_dtype
         if self.compute_dtype == torch.float16 and self.device_type == "cpu":
             return torch.float32
         return self.compute_dtype

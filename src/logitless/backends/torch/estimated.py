@@ -27,7 +27,6 @@ class ScanProjection(Projection):
     def __init__(self, problem: Problem, rows: int, columns: int) -> None:
         """For tiles of at most [rows, columns]."""
         super().__init__(problem, rows, columns)
-        self.dtype = self.statistics_dtype
         self._channels = loud_channels(problem.hidden)
         width = problem.shape.hidden + 2 * self._channels.shape[0]
         self._window = self.buffer(columns * width).view(columns, width)
@@ -42,7 +41,7 @@ class ScanProjection(Projection):
 
     def _round(self, matrix: torch.Tensor, operand: Operand, result: torch.Tensor) -> None:
         for rows in slices(matrix.shape[0], ROUNDED_ROWS):
-            result[rows] = operand(matrix[rows].to(self.problem.shape.compute_dtype), self._channels)
+            result[rows] = operand(matrix[rows], self._channels)
 
 
 @dataclass(frozen=True)
@@ -77,26 +76,19 @@ class Scanned:
 
 
 def corrected(problem: Problem, statistics: Statistics, pairs: Pairs, scanned: Scanned) -> Statistics:
-    """Statistics of the scan, log-sum-exp and smoothed logits corrected; the targets' logits are those of the pairs.
-
-    The pairs' products are in the statistics dtype: those that a CPU rounds to bf16 would be off by more than the scan.
-    """
+    """Statistics of the scan, log-sum-exp and smoothed logits corrected; the targets' logits are those of the pairs."""
     shape = problem.shape
     projection = Projection(problem, GROUP_ROWS, BLOCK)
-
-    def wide(matrix: torch.Tensor) -> torch.Tensor:
-        return matrix.to(shape.compute_dtype).to(shape.statistics_dtype)
-
     rows = pairs.rows.long()
     target = problem.target[rows]
     share, smooth = torch.empty_like(scanned.share), None if scanned.smooth is None else torch.empty_like(scanned.share)
     target_logit = torch.empty_like(statistics.target_logit)
     starts: list[int] = pairs.starts.tolist()
     for block, columns in enumerate(slices(shape.vocabulary, BLOCK)):
-        weight = wide(problem.weight[columns])
+        weight = projection.weight(columns)
         for group in slices(starts[block + 1] - starts[block], GROUP_ROWS):
             here = slice(starts[block] + group.start, starts[block] + group.stop)
-            z = projection.logits_(wide(problem.hidden[rows[here]]) @ weight.T, columns)
+            z = projection.logits_(projection.hidden[rows[here]] @ weight.T, columns)
             share[here] = (z.logsumexp(1) - statistics.logsumexp[rows[here]]).exp_()
             if smooth is not None:
                 smooth[here] = z @ smoothing_weights(problem, columns)
@@ -127,7 +119,7 @@ def _smooth_logit(
     if problem.head.softcap is None:
         vector, total = smoothed_weight(problem), torch.empty_like(statistics.logsumexp)
         for rows in slices(problem.shape.tokens, GROUP_ROWS):
-            total[rows] = projection.hidden[rows].to(total.dtype) @ vector
+            total[rows] = projection.hidden[rows] @ vector
         total.mul_(problem.head.logit_scale)
         if problem.bias is not None:
             whole = slice(0, problem.shape.vocabulary)
