@@ -32,6 +32,8 @@ SIZES = {
     "BP": 64,
     "GROUPS": 16,
     "SEGMENT": 64,
+    "LOUD": 32,
+    "PADDING": 16,
     "SEGMENTS": 16,
 }
 PRECISION = "ieee"
@@ -45,11 +47,12 @@ DESCRIPTORS = {
 TENSORS = {
     "*i1": ("counted",),
     "*i8": ("own",),
+    "*fp8e4nv": ("values",),
     "*i32": (
         *("order", "count", "rank", "peak_index", "packed_target", "target"),
         *("bits", "counts", "pairs", "starts", "tile_starts", "tile_blocks"),
     ),
-    "*i64": ("prediction", "step_sums"),
+    "*i64": ("prediction", "step_sums", "channels"),
     "*fp64": ("offsets",),
     "*bf16": ("softmax", "gradient", "source", "result", "products", "hidden", "matrix"),
 }
@@ -60,7 +63,7 @@ NUMBERS = ("uniform_smoothing", "uniform", "scale", "softcap", "inverse_threshol
 INTEGERS = (
     *("rows", "rows_here", "first_row", "columns", "vocabulary", "first_column", "end_column", "window", "blocks"),
     *("hidden_size", "programs", "stride", "table_stride", "softmax_stride", "gradient_stride", "source_stride"),
-    *("hidden_stride", "segment", "most", "tokens", "groups", "segments"),
+    *("hidden_stride", "segment", "most", "tokens", "groups", "segments", "width", "taken", "padding"),
 )
 TARGET = GPUTarget("cuda", 90, 32)
 

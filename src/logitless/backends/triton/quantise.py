@@ -1,0 +1,232 @@
+"""Operands of the scan in eight bits, as ``logitless/quantisation.py`` defines them.
+
+    scale_r = max_k |m_rk| / 448                       1 for a row of zeros
+    values[r, k] = e4m3(m_rk / scale_r)                k < D
+    then, for the loud channels c, values[r, c] and e4m3(m_rc / scale_r - values[r, c]), the second first for the weight
+
+so that one product of [N, W] and [V, W] operands, W = D + 2 LOUD and a few zeros, has all three terms.
+"""
+
+# A launch takes num_warps besides the kernel's own parameters.
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from logitless.backends.contract import ceil_div
+from logitless.backends.triton.tiles import interpreted
+from logitless.quantisation import FORMAT, LARGEST, LOUD
+
+# Elements to which rows are padded with zeros: 16 bytes, as the tensor copy engine wants them.
+ALIGNMENT = 16
+MAXIMUM: tl.constexpr = tl.constexpr(LARGEST)
+SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-6)
+
+
+@triton.jit
+def e4m3(x, INTERPRETED: tl.constexpr):
+    """Numbers up to 448 rounded to four digits of two, halves to even.
+
+    A GPU has an instruction for it. The interpreter forgets to carry from the digits to the exponent, so there the
+    number is rounded before.
+    """
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        x = tl.where(tl.abs(x) >= SMALLEST_NORMAL, bits.to(tl.float32, bitcast=True), x)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def column_squares_kernel(
+    matrix,  # [R, stride]
+    counted,  # [R] bool where MASKED
+    sums,  # [segments, columns] fp32, written
+    stride,
+    rows,
+    columns,
+    segment,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Sums of squares over each ``segment`` rows that count. Grid: COLUMNS columns x segments. Deterministic."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * segment
+    end = tl.minimum(first + segment, rows)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(first, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = row < end
+        if MASKED:
+            inside = inside & tl.load(counted + row, mask=inside, other=0).to(tl.int1)
+        place = row.to(tl.int64)[:, None] * stride + column[None, :]
+        values = tl.load(matrix + place, mask=inside[:, None] & (column < columns)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(values * values, 0)
+    tl.store(sums + tl.program_id(1).to(tl.int64) * columns + column, total, mask=column < columns)
+
+
+@triton.jit
+def quantise_rows_kernel(
+    matrix,  # [R, stride]
+    values,  # [R, width] e4m3, its first columns written
+    scales,  # [R] fp32, written
+    stride,
+    width,
+    columns,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Scale and rounded values of a row. Grid: rows. WHOLE: COLUMNS are all, so that they are read once."""
+    row = tl.program_id(0).to(tl.int64)
+    source, result = matrix + row * stride, values + row * width
+    column = tl.arange(0, COLUMNS)
+    x = tl.load(source + column, mask=column < columns, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(x), 0)
+    if not WHOLE:
+        for first in range(COLUMNS, columns, COLUMNS):
+            x = tl.load(source + first + column, mask=first + column < columns, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
+    unit = tl.where(largest == 0, 1.0, largest / MAXIMUM)
+    tl.store(scales + row, unit)
+    if WHOLE:
+        tl.store(result + column, e4m3(x / unit, INTERPRETED), mask=column < columns)
+    else:
+        for first in range(0, columns, COLUMNS):
+            x = tl.load(source + first + column, mask=first + column < columns, other=0.0).to(tl.float32)
+            tl.store(result + first + column, e4m3(x / unit, INTERPRETED), mask=first + column < columns)
+
+
+@triton.jit
+def loud_columns_kernel(
+    matrix,  # [R, stride]
+    scales,  # [R] fp32
+    channels,  # [taken] int64
+    values,  # [R, width] e4m3, its last columns written
+    stride,
+    width,
+    rows,
+    columns,
+    taken,
+    padding,
+    ROWS: tl.constexpr,
+    LOUD: tl.constexpr,
+    PADDING: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The loud channels once more, and what their rounding left; zeros where there are fewer, and in the padding.
+
+    Grid: blocks of ROWS rows.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, LOUD)
+    inside = (row < rows)[:, None]
+    channel = tl.load(channels + lane, mask=lane < taken, other=0)
+    place = row.to(tl.int64)[:, None] * stride + channel[None, :]
+    x = tl.load(matrix + place, mask=inside & (lane < taken)[None, :], other=0.0).to(tl.float32)
+    x = x / tl.load(scales + row, mask=row < rows, other=1.0)[:, None]
+    rounded = e4m3(x, INTERPRETED)
+    left_over = e4m3(x - rounded.to(tl.float32), INTERPRETED)
+    result = values + row.to(tl.int64)[:, None] * width + columns
+    tl.store(result + lane[None, :], left_over if WEIGHT else rounded, mask=inside)
+    tl.store(result + LOUD + lane[None, :], rounded if WEIGHT else left_over, mask=inside)
+    rest = tl.arange(0, PADDING)
+    zeros = tl.zeros((ROWS, PADDING), tl.float32).to(tl.float8e4nv)
+    tl.store(result + 2 * LOUD + rest[None, :], zeros, mask=inside & (rest < padding)[None, :])
+
+
+SUMMED_ROWS, SUMMED_COLUMNS, SUMMED_SEGMENTS = 32, 128, 64
+LOUD_ROWS = 64
+WIDEST = 8192
+
+
+def operand_width(hidden: int) -> int:
+    """W, elements of a row of an operand."""
+    return ceil_div(hidden + 2 * LOUD, ALIGNMENT) * ALIGNMENT
+
+
+def loud_channels(
+    hidden: torch.Tensor,  # [N, D]
+    counted: torch.Tensor | None,  # [N]
+) -> torch.Tensor:
+    """[C] int64 ascending indices of the channels whose mean square over the rows that count is largest."""
+    rows, columns = hidden.shape
+    segment = max(1, ceil_div(rows, SUMMED_SEGMENTS))
+    sums = torch.empty(ceil_div(rows, segment), columns, device=hidden.device)
+    column_squares_kernel[(ceil_div(columns, SUMMED_COLUMNS), sums.shape[0])](
+        hidden,
+        hidden if counted is None else counted,
+        sums,
+        hidden.stride(0),
+        rows,
+        columns,
+        segment,
+        ROWS=SUMMED_ROWS,
+        COLUMNS=SUMMED_COLUMNS,
+        MASKED=counted is not None,
+        num_warps=4,
+    )
+    return sums.sum(0).nan_to_num(torch.inf).topk(min(LOUD, columns)).indices.sort().values
+
+
+def quantise_rows(matrix: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> None:
+    """Rows [R, D] into the first columns of ``values`` [R, W], and their scales [R]."""
+    rows, columns = matrix.shape
+    if rows == 0:
+        return
+    size = min(WIDEST, triton.next_power_of_2(columns))
+    quantise_rows_kernel[(rows,)](
+        matrix,
+        values,
+        scale,
+        matrix.stride(0),
+        values.stride(0),
+        columns,
+        COLUMNS=size,
+        WHOLE=columns <= size,
+        INTERPRETED=interpreted(),
+        num_warps=max(1, min(8, size // 512)),
+    )
+
+
+def take_twice(
+    matrix: torch.Tensor,  # [R, D]
+    values: torch.Tensor,  # [R, W]
+    scale: torch.Tensor,  # [R]
+    channels: torch.Tensor,  # [C]
+    *,
+    weight: bool,
+) -> None:
+    """The loud channels into the last columns of ``values``, in the order of the weight or of the hidden states."""
+    rows, columns = matrix.shape
+    if rows == 0:
+        return
+    loud_columns_kernel[(ceil_div(rows, LOUD_ROWS),)](
+        matrix,
+        scale,
+        channels,
+        values,
+        matrix.stride(0),
+        values.stride(0),
+        rows,
+        columns,
+        channels.shape[0],
+        values.shape[1] - columns - 2 * LOUD,
+        ROWS=LOUD_ROWS,
+        LOUD=LOUD,
+        PADDING=ALIGNMENT,
+        WEIGHT=weight,
+        INTERPRETED=interpreted(),
+        num_warps=4,
+    )
+
+
+def new_operand(rows: int, hidden: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unwritten values [R, W] e4m3 and scales [R] fp32."""
+    values = torch.empty(rows, operand_width(hidden), dtype=FORMAT, device=device)
+    return values, torch.empty(rows, device=device)

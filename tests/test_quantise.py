@@ -1,0 +1,107 @@
+"""The kernels that round operands to eight bits, against ``logitless/quantisation.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernels import DEVICE, DTYPES
+from logitless.backends.triton import quantise as kernels
+from logitless.backends.triton.quantise import loud_channels, new_operand, operand_width, quantise_rows, take_twice
+from logitless.quantisation import LARGEST, LOUD, quantise
+from logitless.quantisation import loud_channels as expected_channels
+from problems import generator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# The interpreter rounds numbers below the smallest normal one, 2^-6, to zero.
+SUBNORMAL = 0.0 if DEVICE == "cuda" else 2.0**-6
+
+
+def matrix_of(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Rows of all sizes, with channels of all sizes."""
+    random = generator(rows + columns)
+    matrix = torch.randn(rows, columns, generator=random) * torch.randn(rows, 1, generator=random).exp()
+    return (matrix * torch.randn(columns, generator=random).exp()).to(DEVICE, dtype)
+
+
+def check_rounded(given: torch.Tensor, expected: torch.Tensor) -> None:
+    given, expected = given.float(), expected.float()
+    large = expected.abs() > SUBNORMAL
+    assert torch.equal(given[large], expected[large])
+    assert ((given - expected).abs()[~large] <= SUBNORMAL).all()
+
+
+@pytest.mark.parametrize("size", [(1, 8), (5, 24), (70, 136), (3, 1000)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", [False, True], ids=["hidden", "weight"])
+def test_operand(size, dtype, weight):
+    rows, columns = size
+    matrix = matrix_of(rows, columns, dtype)
+    channels = expected_channels(matrix)
+    values, scale = new_operand(rows, columns, matrix.device)
+    assert values.shape == (rows, operand_width(columns))
+    assert operand_width(columns) % 16 == 0
+    quantise_rows(matrix, values, scale)
+    take_twice(matrix, values, scale, channels, weight=weight)
+    expected = quantise(matrix, channels)
+    torch.testing.assert_close(scale, expected.scale, rtol=2e-7, atol=0)
+    check_rounded(values[:, :columns], expected.values)
+    count = channels.shape[0]
+    parts = [expected.values[:, channels], expected.left_over]
+    for place, part in enumerate(reversed(parts) if weight else parts):
+        start = columns + place * LOUD
+        # A rounded number's neighbour leaves something else over: compare what both parts add up to.
+        assert not values[:, start + count : start + LOUD].float().any()
+        assert part.shape == (rows, count)
+    both = values[:, columns : columns + LOUD].float() + values[:, columns + LOUD : columns + 2 * LOUD].float()
+    wide = matrix[:, channels].float() / scale[:, None]
+    assert ((both[:, :count] - wide).abs() <= 2.0**-8 * wide.abs() + max(SUBNORMAL, 2.0**-9)).all()
+    assert not values[:, columns + 2 * LOUD :].float().any()
+
+
+def test_rows_wider_than_a_program_takes_at_once(monkeypatch):
+    matrix = matrix_of(4, 200)
+    whole, scale = new_operand(4, 200, matrix.device)
+    quantise_rows(matrix, whole, scale)
+    monkeypatch.setattr(kernels, "WIDEST", 64)
+    parts, scale_of_parts = new_operand(4, 200, matrix.device)
+    quantise_rows(matrix, parts, scale_of_parts)
+    assert torch.equal(scale, scale_of_parts)
+    assert torch.equal(whole[:, :200].view(torch.uint8), parts[:, :200].view(torch.uint8))
+
+
+def test_rows_without_numbers():
+    """Zeros have a scale of 1; NaN and infinity leave NaN."""
+    matrix = torch.ones(4, 16, device=DEVICE)
+    matrix[0] = 0
+    matrix[1, 3] = torch.inf
+    matrix[2, 3] = torch.nan
+    values, scale = new_operand(4, 16, matrix.device)
+    quantise_rows(matrix, values, scale)
+    assert scale[0] == 1
+    assert not values[0, :16].float().any()
+    products = values[:, :16].float().sum(1) * scale
+    if DEVICE == "cuda":  # the interpreter makes a number of it
+        assert products[1:3].isnan().all()
+    assert products[3] == 16
+    assert values[3, :16].float().eq(LARGEST).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [(1, 8), (300, 200)], ids=str)
+def test_loud_channels(size, masked):
+    hidden = matrix_of(*size)
+    counted = None
+    if masked:
+        counted = torch.rand(size[0], generator=generator(0)).to(DEVICE) < 0.5
+        expected = expected_channels(hidden[counted]) if counted.any() else None
+        hidden[~counted] = torch.nan
+    else:
+        expected = expected_channels(hidden)
+    given = loud_channels(hidden, counted)
+    assert given.shape == (min(LOUD, size[1]),)
+    if expected is not None:
+        assert torch.equal(given, expected)
