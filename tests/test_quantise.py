@@ -16,22 +16,12 @@ from problems import generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# The interpreter rounds numbers below the smallest normal one, 2^-6, to zero.
-SUBNORMAL = 0.0 if DEVICE == "cuda" else 2.0**-6
-
 
 def matrix_of(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Rows of all sizes, with channels of all sizes."""
     random = generator(rows + columns)
     matrix = torch.randn(rows, columns, generator=random) * torch.randn(rows, 1, generator=random).exp()
     return (matrix * torch.randn(columns, generator=random).exp()).to(DEVICE, dtype)
-
-
-def check_rounded(given: torch.Tensor, expected: torch.Tensor) -> None:
-    given, expected = given.float(), expected.float()
-    large = expected.abs() > SUBNORMAL
-    assert torch.equal(given[large], expected[large])
-    assert ((given - expected).abs()[~large] <= SUBNORMAL).all()
 
 
 @pytest.mark.parametrize("size", [(1, 8), (5, 24), (70, 136), (3, 1000)], ids=str)
@@ -48,17 +38,12 @@ def test_operand(size, dtype, weight):
     take_twice(matrix, values, scale, channels, weight=weight)
     expected = quantise(matrix, channels)
     torch.testing.assert_close(scale, expected.scale, rtol=2e-7, atol=0)
-    check_rounded(values[:, :columns], expected.values)
-    count = channels.shape[0]
-    parts = [expected.values[:, channels], expected.left_over]
+    assert torch.equal(values[:, :columns].float(), expected.values.float())
+    count, parts = channels.shape[0], [expected.values[:, channels], expected.left_over]
     for place, part in enumerate(reversed(parts) if weight else parts):
         start = columns + place * LOUD
-        # A rounded number's neighbour leaves something else over: compare what both parts add up to.
+        assert torch.equal(values[:, start : start + count].float(), part.float())
         assert not values[:, start + count : start + LOUD].float().any()
-        assert part.shape == (rows, count)
-    both = values[:, columns : columns + LOUD].float() + values[:, columns + LOUD : columns + 2 * LOUD].float()
-    wide = matrix[:, channels].float() / scale[:, None]
-    assert ((both[:, :count] - wide).abs() <= 2.0**-8 * wide.abs() + max(SUBNORMAL, 2.0**-9)).all()
     assert not values[:, columns + 2 * LOUD :].float().any()
 
 
@@ -84,8 +69,7 @@ def test_rows_without_numbers():
     assert scale[0] == 1
     assert not values[0, :16].float().any()
     products = values[:, :16].float().sum(1) * scale
-    if DEVICE == "cuda":  # the interpreter makes a number of it
-        assert products[1:3].isnan().all()
+    assert products[1:3].isnan().all()
     assert products[3] == 16
     assert values[3, :16].float().eq(LARGEST).all()
 

@@ -64,6 +64,8 @@ def scan_kernel(
     hidden,  # descriptor of [N, D], boxes [BM, BK]
     weight,  # descriptor of [V, D], boxes [BN, BK]
     softmax,  # descriptor of [windows, N, window] where STORE, boxes [1, BM, BN]
+    row_scales,  # [R] fp32 where SCALED
+    column_scales,  # [V] fp32 where SCALED
     bias,  # [V] where BIAS
     smoothing,  # [V] where SMOOTH_VECTOR
     target,  # [N] int32
@@ -100,12 +102,14 @@ def scan_kernel(
     PREDICT: tl.constexpr,
     RANK: tl.constexpr,
     STORE: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Statistics of each row within each block of BLOCK columns, from the first to the end, for rows below the count.
 
     Grid: ``programs`` persistent programs, each a walk over tiles of [BM, BN]; no tile lies past the count of rows.
     With STORE the tile's own softmax is written too, rounded to its tensor's dtype: 2^(y - block), BLOCK = BN.
+    With SCALED operands are in units of their rows' scales.
     Precision: products accumulate in fp32, everything after is fp32. Deterministic: no order between tiles matters;
     ranks are sums of integers.
     """
@@ -123,6 +127,10 @@ def scan_kernel(
 
         place = row + tl.arange(0, BM)
         valid = place < rows_here
+        if SCALED:
+            columns = column + tl.arange(0, BN)
+            unit = tl.load(column_scales + columns, mask=columns < vocabulary, other=0.0)
+            products *= tl.load(row_scales + place, mask=valid, other=0.0)[:, None] * unit[None, :]
         y = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
         t = tl.load(target + first_row + place, mask=valid, other=-1)
         if RANK:

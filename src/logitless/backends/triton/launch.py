@@ -38,6 +38,14 @@ class Tables:
     peak_index: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """An operand of the scan in eight bits: values [R, W] e4m3 in units of scales [R] fp32."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
 class Launcher:
     """The kernels, with what does not change between launches on one problem."""
 
@@ -93,21 +101,31 @@ class Launcher:
         target_logit: torch.Tensor,  # [N]
         softmax: torch.Tensor | None = None,  # [windows, R, U]
         rank: torch.Tensor | None = None,  # [N]
+        rounded: tuple[Rounded, Rounded] | None = None,
     ) -> None:
         """Fill the tables' tiles of some columns; keep the tiles' softmax in ``softmax`` where given.
 
-        With ``rank``, count the logits above the target's there instead.
+        With ``rank``, count the logits above the target's there instead. With ``rounded`` hidden states and weight, the
+        product is theirs.
         """
         if hidden.shape[0] == 0 or columns.stop == columns.start:
             return
         tile, head = self.tile("scan" if softmax is None else "store"), self.problem.head
+        if rounded is not None:
+            tile = tiles.tile("scan", rounded[0].values.element_size(), self._index)
         columns_of_tiles = ceil_div(columns.stop - columns.start, tile.columns)
         programs = min(tiles.processors(self._index), ceil_div(hidden.shape[0], tile.rows) * columns_of_tiles)
-        operands = self._operands(hidden, tile)
         absent = tables.log_sum
+        if rounded is None:
+            operands, scales = self._operands(hidden, tile), (absent, absent)
+        else:
+            shapes = ([tile.rows, tile.depth], [tile.columns, tile.depth])
+            operands = tuple(described(side.values, shape) for side, shape in zip(rounded, shapes, strict=True))
+            scales = tuple(side.scales for side in rounded)
         scan_kernel[(programs,)](
             *operands,
             operands[0] if softmax is None else described(softmax, [1, tile.rows, tile.columns]),
+            *scales,
             or_other(self._bias, absent),
             or_other(self._smoothing, absent),
             self.rows.target,
@@ -126,7 +144,7 @@ class Launcher:
             self.shape.vocabulary,
             columns.stop,
             1 if softmax is None else softmax.shape[2],
-            self.shape.hidden,
+            self.shape.hidden if rounded is None else rounded[0].values.shape[1],
             self._uniform,
             head.logit_scale,
             head.softcap or 1.0,
@@ -143,6 +161,7 @@ class Launcher:
             PREDICT=tables.peak is not None,
             RANK=rank is not None,
             STORE=softmax is not None,
+            SCALED=rounded is not None,
             PRECISION=self._precision,
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -24,20 +24,27 @@ from logitless.quantisation import FORMAT, LARGEST, LOUD
 ALIGNMENT = 16
 MAXIMUM: tl.constexpr = tl.constexpr(LARGEST)
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-6)
+# Added to a number below 2^22 it leaves the nearest integer in the last digits.
+INTEGER: tl.constexpr = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def e4m3(x, INTERPRETED: tl.constexpr):
     """Numbers up to 448 rounded to four digits of two, halves to even.
 
-    A GPU has an instruction for it. The interpreter forgets to carry from the digits to the exponent, so there the
-    number is rounded before.
+    A GPU has an instruction for it. The interpreter's forgets to carry from the digits to the exponent and knows no
+    numbers below 2^-6, so there the code is put together by hand.
     """
     if INTERPRETED:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-        x = tl.where(tl.abs(x) >= SMALLEST_NORMAL, bits.to(tl.float32, bitcast=True), x)
-    return x.to(tl.float8e4nv)
+        bits, magnitude = x.to(tl.int32, bitcast=True), tl.abs(x)
+        normal = (((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) & 0x7FF) - 960
+        steps = (magnitude * 512 + INTEGER).to(tl.int32, bitcast=True) - 0x4B400000
+        code = tl.where(magnitude >= SMALLEST_NORMAL, tl.minimum(normal, 0x7E), steps)
+        code = tl.where(x == x, code, 0x7F) | ((bits >> 24) & 0x80)
+        result = code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        result = x.to(tl.float8e4nv)
+    return result
 
 
 @triton.jit

@@ -54,9 +54,10 @@ class Tile:
     stages: int
 
 
-# Generation -> operand bytes -> kernel -> tile.
+# Generation -> operand bytes -> kernel -> tile. Operands of one byte are those of the scan in eight bits alone.
 TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
     "hopper": {
+        1: {"scan": Tile(128, 256, 128, 16, 8, 4)},  # not measured
         2: {
             "scan": Tile(128, 256, 64, 32, 8, 4),
             "store": Tile(128, 256, 64, 32, 8, 3),
@@ -76,17 +77,21 @@ TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
     },
     # Other GPUs: small enough for 99 KiB of shared memory. Not measured.
     "other": {
+        1: {"scan": Tile(64, 128, 64, 8, 4, 3)},
         2: {**dict.fromkeys(KINDS, Tile(64, 128, 32, 8, 4, 3)), "pair_hidden": Tile(64, 64, BLOCK, 4, 4, 2)},
         4: {**dict.fromkeys(KINDS, Tile(64, 128, 16, 8, 8, 2)), "pair_hidden": Tile(64, 32, BLOCK, 4, 8, 2)},
     },
     # Triton's interpreter: several tiles even of small problems.
     "interpreter": {
-        itemsize: {
-            **dict.fromkeys(KINDS, Tile(16, 128, 16, 2, 4, 1)),
-            "pair_weight": Tile(BLOCK, 32, 16, 1, 4, 1),
-            "pair_hidden": Tile(16, 16, BLOCK, 2, 4, 1),
-        }
-        for itemsize in (2, 4)
+        1: {"scan": Tile(16, 128, 32, 2, 4, 1)},
+        **{
+            itemsize: {
+                **dict.fromkeys(KINDS, Tile(16, 128, 16, 2, 4, 1)),
+                "pair_weight": Tile(BLOCK, 32, 16, 1, 4, 1),
+                "pair_hidden": Tile(16, 16, BLOCK, 2, 4, 1),
+            }
+            for itemsize in (2, 4)
+        },
     },
 }
 
