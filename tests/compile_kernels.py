@@ -33,6 +33,7 @@ SIZES = {
     "GROUPS": 16,
     "SEGMENT": 64,
     "LOUD": 32,
+    "SLOTS": 128,
     "PADDING": 16,
     "SEGMENTS": 16,
 }
@@ -41,6 +42,7 @@ DESCRIPTORS = {
     "scan_kernel": {"hidden": "[128,64]", "weight": "[256,64]", "softmax": "[1,128,256]"},
     "window_gradient_kernel": {"hidden": "[128,64]", "weight": "[256,64]", "gradient": "[128,256]"},
     "pair_gradient_kernel": {"weight": "[256,64]"},
+    "pair_sums_kernel": {"weight": "[256,64]"},
     "pair_hidden_gradient_kernel": {"weight": "[256,64]"},
     "pair_hidden_gradient_in_order_kernel": {"weight": "[256,64]"},
 }
@@ -51,19 +53,20 @@ TENSORS = {
     "*i32": (
         *("order", "count", "rank", "peak_index", "packed_target", "target"),
         *("bits", "counts", "pairs", "starts", "tile_starts", "tile_blocks"),
+        "kept_blocks",
     ),
     "*i64": ("prediction", "step_sums", "channels"),
     "*fp64": ("offsets",),
     "*bf16": ("softmax", "gradient", "source", "result", "products", "hidden", "matrix"),
 }
 TYPES = {name: kind for kind, names in TENSORS.items() for name in names}
-WIDE_TARGETS = ("order_rows_kernel", "row_kernel", "pair_gradient_kernel")
+WIDE_TARGETS = ("order_rows_kernel", "row_kernel", "pair_gradient_kernel", "pair_sums_kernel")
 WIDE_RESULTS = ("pair_hidden_gradient_kernel", "pair_hidden_gradient_in_order_kernel")
 NUMBERS = ("uniform_smoothing", "uniform", "scale", "softcap", "inverse_threshold")
 INTEGERS = (
     *("rows", "rows_here", "first_row", "columns", "vocabulary", "first_column", "end_column", "window", "blocks"),
     *("hidden_size", "programs", "stride", "table_stride", "softmax_stride", "gradient_stride", "source_stride"),
-    *("hidden_stride", "segment", "most", "tokens", "groups", "segments", "width", "taken", "padding"),
+    *("hidden_stride", "segment", "most", "tokens", "groups", "segments", "width", "taken", "padding", "slots"),
 )
 TARGET = GPUTarget("cuda", 90, 32)
 

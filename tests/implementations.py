@@ -117,6 +117,8 @@ TRITON_KEPT = Implementation("triton-kept", "triton", "windowed", window=1, kept
 TRITON_SAMPLED = Implementation("triton-sampled", "triton", "sampled", rows=32, sampled=True)
 TRITON_LOSS_ONLY = Implementation("triton-loss_only", "triton", "loss_only", rows=5)
 
+TRITON_ESTIMATED = Implementation("triton-estimated", "triton", "sampled", rows=32, sampled=True, scan="fp8")
+
 WITH_TRITON = importlib.util.find_spec("triton") is not None
 
 # All that give gradients.
@@ -126,6 +128,6 @@ TRITON = KERNELS if WITH_TRITON else ()
 IMPLEMENTATIONS = TORCH + TRITON
 ANY_UPSTREAM = tuple(implementation for implementation in IMPLEMENTATIONS if implementation.any_upstream)
 # All whose loss is an estimate, which do not know every per-token output.
-ESTIMATES = (REFERENCE_ESTIMATED, ESTIMATED)
+ESTIMATES = (REFERENCE_ESTIMATED, ESTIMATED, *((TRITON_ESTIMATED,) if WITH_TRITON else ()))
 # All that serve where no gradient is wanted.
 FORWARD_ONLY = (LOSS_ONLY, TRITON_LOSS_ONLY) if WITH_TRITON else (LOSS_ONLY,)

@@ -92,6 +92,27 @@ def test_backends_agree(data, name):
         assert (ours[which] - value).norm() <= 1e-11 * value.norm(), which
 
 
+KERNELS = ["label_smoothing", "softcap", "z_loss", "weight", "token_weight,logit_scale", "none"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("data", ["mixed", "loud"])
+def test_kernels_agree(data, name):
+    """As above, with some tokens ignored."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("for Triton's interpreter, which takes tensors on the CPU")
+    problem = loud_problem() if data == "loud" else make_problem(data, TOKENS, HIDDEN, VOCABULARY)
+    problem = problem.with_options(**OPTIONS[name]).to(torch.float32)
+    problem.target[::5] = -100
+    ours, expected = (
+        loss_and_gradients(partial(logitless.linear_cross_entropy, backend=backend), problem, gradient=estimating(2))
+        for backend in ("triton", "torch")
+    )
+    for which, value in expected.items():
+        assert (ours[which] - value).norm() <= 1e-5 * value.norm(), which
+
+
 def test_chunks_do_not_matter():
     problem = loud_problem().to(torch.float32)
     results = []

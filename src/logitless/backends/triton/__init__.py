@@ -37,8 +37,8 @@ def unsupported(shape: Shape) -> str | None:
         return f"it computes in bf16, fp16 and fp32, not in {str(shape.compute_dtype).removeprefix('torch.')}"
     if shape.compute_dtype == torch.bfloat16 and tiles.interpreted():
         return "Triton's interpreter misreads bf16 operands"
-    if shape.estimated:
-        return "it scans in the precision of the inputs only, Sampled(scan='input')"
+    if shape.estimated and shape.softcapped and "smooth_logit" in shape.statistics:
+        return "under a softcap it smooths labels only with Sampled(scan='input')"
     if shape.hidden % HIDDEN_MULTIPLE:
         return f"the hidden size must be a multiple of {HIDDEN_MULTIPLE} for the tensor copy engine, got {shape.hidden}"
     return None

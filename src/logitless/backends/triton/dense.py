@@ -30,6 +30,7 @@ from logitless.backends.contract import (
 )
 from logitless.backends.triton.launch import Launcher, Tables, table_rows
 from logitless.backends.triton.products import multiply
+from logitless.backends.triton.quantise import Rounding
 from logitless.backends.triton.rows import RowOrder, scatter_rows
 from logitless.backends.triton.softmax_gradient import sum_columns
 
@@ -134,11 +135,13 @@ def scan_rows(
     runs_of_columns: Sequence[tuple[slice, torch.Tensor | None]],
     scratch: Scratch,
     statistics: Statistics,
+    rounding: Rounding | None = None,
 ) -> None:
     """Fill the statistics of places in the packed order, run after run of columns, keeping some runs' softmax."""
     hidden = launcher.gather(rows, scratch.hidden)
+    rounded = None if rounding is None else rounding.operands(hidden)
     for columns, softmax in runs_of_columns:
-        launcher.scan(hidden, rows.start, columns, scratch.tables, scratch.target_logit, softmax)
+        launcher.scan(hidden, rows.start, columns, scratch.tables, scratch.target_logit, softmax, rounded=rounded)
     launcher.combine(scratch.tables, scratch.target_logit, rows.start, rows.stop - rows.start, statistics)
     if scratch.rank is not None:
         everything = slice(0, launcher.shape.vocabulary)

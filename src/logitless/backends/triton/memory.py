@@ -14,6 +14,7 @@ from logitless.backends.contract import Schedule, Shape, ceil_div
 from logitless.backends.triton import sampled, selection, tiles
 from logitless.backends.triton.dense import padded, runs
 from logitless.backends.triton.launch import table_block, table_rows
+from logitless.backends.triton.quantise import SUMMED_SEGMENTS, operand_width
 from logitless.options import BLOCK
 
 # Vectors of 4 bytes a row: order, target, statistics, coefficients and what forms them.
@@ -138,9 +139,9 @@ def _prepared(shape: Shape) -> int:
 
 def _sampled(shape: Shape, schedule: Schedule) -> int:
     """Pairs; forward, tables and a bit for each pair there could be; backward, the gradient of the pairs' logits."""
-    (pairs, _), (starts, _) = selection.residuals(shape)
+    (pairs, _), (starts, _) = selection.residuals(shape)[:2]
     rows = sampled.rows_at_a_time(shape, schedule)
-    left = 4 * (pairs[0] + starts[0])
+    left = 4 * (pairs[0] * (2 if shape.estimated else 1) + starts[0])
     smooth = 0
     if "smooth_logit" in shape.statistics:
         smooth = 4 * (sampled.SEGMENTS + 2) * shape.hidden
@@ -148,8 +149,13 @@ def _sampled(shape: Shape, schedule: Schedule) -> int:
             smooth += 20 * shape.vocabulary
     forward = _tables(shape, rows) + _hidden(shape, rows) + selection.workspace(shape, rows)
     tile = tiles.tile("pairs", shape.compute_dtype.itemsize, _index(shape)).rows
-    pair_gradient = pairs[0] * BLOCK * shape.compute_dtype.itemsize
-    pair_gradient += 4 * (starts[0] + sampled.most_tiles(shape, pairs[0], tile)) + _hidden_cast(shape)
+    tile_lists = 4 * (starts[0] + sampled.most_tiles(shape, pairs[0], tile)) + _hidden_cast(shape)
+    if shape.estimated:
+        slots = shape.tokens * selection.slots(shape)
+        correcting = selection.workspace(shape, rows) + 16 * slots + tile_lists
+        rounded = (shape.vocabulary + rows) * (operand_width(shape.hidden) + 4) + 4 * SUMMED_SEGMENTS * shape.hidden
+        forward = max(forward + 12 * slots + rounded, correcting)
+    pair_gradient = pairs[0] * BLOCK * shape.compute_dtype.itemsize + tile_lists
     accumulator = 4 * shape.tokens * shape.hidden if shape.hidden_gradient else 0
     multiplying = pair_gradient + accumulator - _hidden_gradient(shape)
     rounding = 0 if shape.hidden_dtype == torch.float32 else accumulator

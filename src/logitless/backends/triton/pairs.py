@@ -44,6 +44,29 @@ def gradient_of_pairs(pairs, gradient, place, valid, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def products_of_pairs(
+    hidden,
+    weight,
+    row,
+    column,
+    hidden_stride,
+    hidden_size,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[TILE, BLOCK] products of gathered rows and the block whose first column is given."""
+    source = hidden + row.to(tl.int64)[:, None] * hidden_stride
+    products = tl.zeros((TILE, BLOCK), tl.float32)
+    for k in range(0, hidden_size, BK):
+        depth = k + tl.arange(0, BK)
+        x = tl.load(source + depth[None, :], mask=(depth < hidden_size)[None, :], other=0.0)
+        products = multiply_add(x, weight.load([column, k]), products, PRECISION)
+    return products
+
+
+@triton.jit
 def start_tiles_kernel(starts, tile_starts, blocks, TILE: tl.constexpr, STEP: tl.constexpr):
     """Where each block's tiles start, and where the last one's end: prefix sums [B + 1] int32. One program."""
     before = 0
@@ -79,6 +102,7 @@ def pair_gradient_kernel(
     bias,  # [V] where BIAS
     smoothing,  # [V] where SMOOTH_VECTOR
     shares,  # [B] fp32 where MIXED
+    weights,  # [P] fp32 where WEIGHTED: inverse probabilities, where a recomputed mass does not say them
     target,  # [N] int64
     logsumexp,  # [N] fp32, as a, b, c and d
     a,
@@ -103,6 +127,7 @@ def pair_gradient_kernel(
     SMOOTH: tl.constexpr,
     SMOOTH_VECTOR: tl.constexpr,
     MIXED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``dz`` of every pair, without the scale.
@@ -115,23 +140,23 @@ def pair_gradient_kernel(
         coded = tl.load(pairs + place, mask=valid, other=0)
         row = coded & 0x7FFFFFFF
         column = block * BLOCK
-        source = hidden + row.to(tl.int64)[:, None] * hidden_stride
-        products = tl.zeros((TILE, BLOCK), tl.float32)
-        for k in range(0, hidden_size, BK):
-            depth = k + tl.arange(0, BK)
-            x = tl.load(source + depth[None, :], mask=(depth < hidden_size)[None, :], other=0.0)
-            products = multiply_add(x, weight.load([column, k]), products, PRECISION)
+        products = products_of_pairs(
+            hidden, weight, row, column, hidden_stride, hidden_size, TILE, BLOCK, BK, PRECISION
+        )  # fmt: skip
 
         columns = column + tl.arange(0, BLOCK)
         exists = valid[:, None] & (columns < vocabulary)[None, :]
         lse = tl.load(logsumexp + row, mask=valid, other=0.0) * LOG2E
         y = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
         p = tl.where(exists, tl.exp2(y - lse[:, None]), 0.0)
-        share = 0.0
-        if MIXED:
-            share = tl.load(shares + block)
-        pi = inclusion_probability(tl.sum(p, 1), share, inverse_threshold, MIXED)
-        factor = tl.where((coded >= 0) & (pi > 0), 1 / pi, 0.0)
+        if WEIGHTED:
+            factor = tl.load(weights + place, mask=valid, other=0.0)
+        else:
+            share = 0.0
+            if MIXED:
+                share = tl.load(shares + block)
+            pi = inclusion_probability(tl.sum(p, 1), share, inverse_threshold, MIXED)
+            factor = tl.where((coded >= 0) & (pi > 0), 1 / pi, 0.0)
 
         dz = p * (factor * tl.load(a + row, mask=valid, other=0.0))[:, None]
         if B:

@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from logitless.backends.contract import ceil_div
+from logitless.backends.contract import Problem, ceil_div
+from logitless.backends.triton.launch import Rounded, readable
 from logitless.backends.triton.tiles import interpreted
 from logitless.quantisation import FORMAT, LARGEST, LOUD
 
@@ -237,3 +238,23 @@ def new_operand(rows: int, hidden: int, device: torch.device) -> tuple[torch.Ten
     """Unwritten values [R, W] e4m3 and scales [R] fp32."""
     values = torch.empty(rows, operand_width(hidden), dtype=FORMAT, device=device)
     return values, torch.empty(rows, device=device)
+
+
+class Rounding:
+    """Hidden states and weight in eight bits, the former some rows at a time."""
+
+    def __init__(self, problem: Problem, rows: int) -> None:
+        """For up to that many rows at a time; the weight is rounded at once."""
+        self._channels = loud_channels(problem.hidden, problem.counted)
+        weight, device = readable(problem.weight), problem.hidden.device
+        self._hidden = Rounded(*new_operand(rows, problem.shape.hidden, device))
+        self._weight = Rounded(*new_operand(problem.shape.vocabulary, problem.shape.hidden, device))
+        quantise_rows(weight, self._weight.values, self._weight.scales)
+        take_twice(weight, self._weight.values, self._weight.scales, self._channels, weight=True)
+
+    def operands(self, hidden: torch.Tensor) -> tuple[Rounded, Rounded]:
+        """Rows [R, D] of the hidden states, and the weight; valid until the next call."""
+        rounded = Rounded(self._hidden.values[: hidden.shape[0]], self._hidden.scales[: hidden.shape[0]])
+        quantise_rows(hidden, rounded.values, rounded.scales)
+        take_twice(hidden, rounded.values, rounded.scales, self._channels, weight=False)
+        return rounded, self._weight

@@ -10,9 +10,11 @@ at work; what is left for the backward pass is the pairs.
 from __future__ import annotations
 
 import torch
+import triton
 
 from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics, ceil_div
 from logitless.backends.triton import tiles
+from logitless.backends.triton.correction import correct_kernel, pair_sums_kernel, row_dots_kernel
 from logitless.backends.triton.dense import Scratch, new_statistics, scan_rows, slices, write_ranks
 from logitless.backends.triton.launch import Launcher, described, fp32_precision, or_other, readable
 from logitless.backends.triton.pairs import (
@@ -24,7 +26,8 @@ from logitless.backends.triton.pairs import (
     start_tiles_kernel,
     weighted_sums_kernel,
 )
-from logitless.backends.triton.selection import GROUP, Selection, smoothing_shares
+from logitless.backends.triton.quantise import Rounding
+from logitless.backends.triton.selection import GROUP, Kept, Selection, smoothing_shares
 from logitless.options import BLOCK
 from logitless.sampling import block_count
 
@@ -32,6 +35,8 @@ from logitless.sampling import block_count
 GRADIENT_PROGRAMS, HIDDEN_PROGRAMS = 2, 4
 # Columns of the hidden size that one program of the deterministic kernel owns.
 OWNED = 32
+# Rows of the correction that one program takes.
+CORRECTED_ROWS = 16
 # Pieces of a weighted sum over rows.
 SEGMENTS = 256
 
@@ -52,17 +57,24 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     statistics = new_statistics(problem)
     step = rows_at_a_time(shape, schedule)
     scratch, selection = Scratch.of(launcher, step), Selection(problem, launcher.rows)
+    rounding = Rounding(problem, step) if shape.estimated else None
     for rows in slices(0, shape.tokens, max(1, step)):
-        scan_rows(launcher, rows, ((slice(0, shape.vocabulary), None),), scratch, statistics)
+        scan_rows(launcher, rows, ((slice(0, shape.vocabulary), None),), scratch, statistics, rounding)
         selection.add(scratch.tables, rows.start, rows.stop - rows.start, statistics)
     write_ranks(launcher, scratch, statistics)
-    return statistics.leaving(selection.listed())
+    del scratch, rounding
+    pairs, starts = selection.listed()
+    if selection.kept is None:
+        return statistics.leaving((pairs, starts))
+    grouped = _Grouped(problem, pairs, starts)
+    return statistics.leaving((pairs, starts, grouped.correct(statistics, selection.kept)))
 
 
 def backward(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> Gradients:
     """Gradients from the pairs; the rank-one part of label smoothing is exact."""
     shape = problem.shape
-    grouped = _Grouped(problem, statistics)
+    pairs, starts, *weights = statistics.residuals
+    grouped = _Grouped(problem, pairs, starts, *weights)
     gradient = grouped.logits_gradient(statistics, coefficients)
     gradients = Gradients(None, None, None)
     if shape.weight_gradient or shape.bias_gradient:
@@ -75,11 +87,17 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
 class _Grouped:
     """The kernels over one problem's pairs, with what does not change between them."""
 
-    def __init__(self, problem: Problem, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        pairs: torch.Tensor,  # [P]
+        starts: torch.Tensor,  # [B + 1]
+        weights: torch.Tensor | None = None,  # [P]
+    ) -> None:
         self._problem, self._shape = problem, problem.shape
         self._device, dtype = problem.hidden.device, problem.shape.compute_dtype
         self._hidden, self._weight = problem.hidden.to(dtype), readable(problem.weight.to(dtype))
-        self._pairs, self._starts = statistics.residuals
+        self._pairs, self._starts, self._weights = pairs, starts, weights
         index = tiles.device_index(self._device)
         self._tile, self._weight_tile, self._hidden_tile = (
             tiles.tile(kind, dtype.itemsize, index) for kind in ("pairs", "pair_weight", "pair_hidden")
@@ -100,6 +118,76 @@ class _Grouped:
     def _empty(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=self._device)
 
+    def correct(self, statistics: Statistics, kept: Kept) -> torch.Tensor:
+        """Correct the statistics of a scan in eight bits, in place; [P] the pairs' weights."""
+        problem, head, (rows, slots) = self._problem, self._problem.head, kept.blocks.shape
+        sums, weights = self._empty(rows, slots), self._empty(self._pairs.shape[0])
+        programs, size = GRADIENT_PROGRAMS * self._processors, triton.next_power_of_2(slots)
+        pair_sums_kernel[(programs,)](
+            self._hidden,
+            described(self._weight, [BLOCK, self._tile.depth]),
+            self._pairs,
+            self._starts,
+            self._tile_starts,
+            self._tile_blocks,
+            kept.blocks,
+            kept.weights,
+            sums,
+            weights,
+            sums if problem.bias is None else problem.bias.contiguous(),
+            problem.target,
+            statistics.logsumexp,
+            statistics.target_logit,
+            self._hidden.stride(0),
+            self._shape.hidden,
+            self._shape.vocabulary,
+            self._blocks,
+            slots,
+            head.logit_scale,
+            head.softcap or 1.0,
+            programs,
+            TILE=self._tile.rows,
+            BLOCK=BLOCK,
+            BK=self._tile.depth,
+            SLOTS=size,
+            BIAS=problem.bias is not None,
+            SOFTCAP=head.softcap is not None,
+            PRECISION=self._precision,
+            num_warps=self._tile.warps,
+            num_stages=self._tile.stages,
+        )
+        correct_kernel[(ceil_div(rows, CORRECTED_ROWS),)](
+            kept.blocks, kept.shares, kept.weights, sums, statistics.logsumexp, rows, slots,
+            ROWS=CORRECTED_ROWS, SLOTS=size, num_warps=4,
+        )  # fmt: skip
+        if statistics.smooth_logit is not None:
+            self._smooth_logits(statistics.smooth_logit)
+        return weights
+
+    def _smooth_logits(self, result: torch.Tensor) -> None:
+        """[N] sums of the logits weighted by the smoothing: one vector product."""
+        problem, smoothing = self._problem, self._problem.smoothing
+        assert smoothing is not None
+        offset = torch.zeros(1, device=self._device)
+        if problem.bias is not None:
+            offset = (problem.bias.float() * smoothing).sum()
+        counted = problem.counted
+        row_dots_kernel[(ceil_div(result.shape[0], CORRECTED_ROWS),)](
+            problem.hidden,
+            self._weighted_sum(problem.weight, smoothing),
+            result if counted is None else counted,
+            result,
+            problem.hidden.stride(0),
+            result.shape[0],
+            self._shape.hidden,
+            problem.head.logit_scale,
+            offset,
+            ROWS=CORRECTED_ROWS,
+            COLUMNS=128,
+            MASKED=counted is not None,
+            num_warps=4,
+        )
+
     def logits_gradient(self, statistics: Statistics, c: Coefficients) -> torch.Tensor:
         """[P, BLOCK] the gradient of the pairs' logits."""
         problem, head = self._problem, self._problem.head
@@ -118,6 +206,7 @@ class _Grouped:
             c.a if problem.bias is None else problem.bias.contiguous(),
             or_other(self._vector, c.a),
             or_other(shares, c.a),
+            or_other(self._weights, c.a),
             problem.target,
             statistics.logsumexp,
             c.a,
@@ -142,6 +231,7 @@ class _Grouped:
             SMOOTH=c.d is not None,
             SMOOTH_VECTOR=self._vector is not None,
             MIXED=shares is not None,
+            WEIGHTED=self._weights is not None,
             PRECISION=self._precision,
             num_warps=self._tile.warps,
             num_stages=self._tile.stages,

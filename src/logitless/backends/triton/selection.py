@@ -17,6 +17,8 @@ depends on time: the same offsets give the same pairs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -54,7 +56,7 @@ def population(word):
 
 
 @triton.jit
-def inclusion_steps(
+def inclusion(
     table,
     shares,
     table_stride,
@@ -67,7 +69,7 @@ def inclusion_steps(
     BLOCKS: tl.constexpr,
     MIXED: tl.constexpr,
 ):
-    """[BLOCKS, R] inclusion probabilities of the blocks from ``first`` on, in units of 2^-44; 0 where there is none."""
+    """[BLOCKS, R] masses of the blocks from ``first`` on, and their inclusion probabilities, 0 where there is none."""
     block = first + tl.arange(0, BLOCKS)
     inside = (block < blocks)[:, None] & counts[None, :]
     entry = block.to(tl.int64)[:, None] * table_stride + row[None, :]
@@ -75,8 +77,7 @@ def inclusion_steps(
     share = 0.0
     if MIXED:
         share = tl.load(shares + block, mask=block < blocks, other=0.0)[:, None]
-    pi = tl.where(inside, inclusion_probability(mass, share, inverse_threshold, MIXED), 0.0)
-    return (pi * ONE).to(tl.int64)
+    return mass, tl.where(inside, inclusion_probability(mass, share, inverse_threshold, MIXED), 0.0)
 
 
 @triton.jit
@@ -106,9 +107,10 @@ def sum_steps_kernel(
     origin = tl.load(order + place, mask=counts, other=0)
     lse = tl.load(logsumexp + origin, mask=counts, other=0.0) * LOG2E
     first = tl.program_id(1) * BLOCKS
-    step = inclusion_steps(
+    _, pi = inclusion(  # pyright: ignore
         table, shares, table_stride, lse, row, counts, first, blocks, inverse_threshold, BLOCKS, MIXED
     )  # fmt: skip
+    step = (pi * ONE).to(tl.int64)
     tl.store(step_sums + tl.program_id(1).to(tl.int64) * rows + row, tl.sum(step, 0), mask=row < rows)
 
 
@@ -124,6 +126,9 @@ def select_kernel(
     count,  # [1] int32
     bits,  # [ceil(N / GROUP), B] int32, written: which pairs are listed, a bit a row
     own,  # [N] int8, packed, written: whether the target's block is kept
+    kept_blocks,  # [N, most + 1] int32, written where ESTIMATED, at the caller's places, as the two that follow
+    kept_shares,  # [N, most + 1] fp32
+    kept_weights,  # [N, most + 1] fp32
     table_stride,
     first_row,
     rows,
@@ -135,6 +140,7 @@ def select_kernel(
     BLOCKS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     MIXED: tl.constexpr,
+    ESTIMATED: tl.constexpr,
 ):
     """List pairs of rows ``first_row`` on, of which a row keeps no more than ``most`` whatever the masses are.
 
@@ -156,9 +162,10 @@ def select_kernel(
         passed += tl.sum(tl.load(step_sums + entry, mask=inside, other=0), 0)
 
     first = segment * BLOCKS
-    step = inclusion_steps(
+    mass, pi = inclusion(  # pyright: ignore
         table, shares, table_stride, lse, row, counts, first, blocks, inverse_threshold, BLOCKS, MIXED
     )  # fmt: skip
+    step = (pi * ONE).to(tl.int64)
     after = passed[None, :] + tl.cumsum(step, 0)
     kept = (after >> SHIFT > (after - step) >> SHIFT) & (after >> SHIFT <= most)
     block = first + tl.arange(0, BLOCKS)
@@ -169,6 +176,14 @@ def select_kernel(
     own_kept = tl.sum((kept & is_own).to(tl.int32), 0)
     own_here = (own_block >= first) & (own_block < first + BLOCKS)
     tl.store(own + place, own_kept.to(tl.int8), mask=(row < rows) & own_here)
+    if ESTIMATED:
+        # A sample's blocks are numbered by the integers they pass; one that is listed for its target alone comes last.
+        slot = tl.where(kept, (after >> SHIFT) - 1, most)
+        entry = origin.to(tl.int64)[None, :] * (most + 1) + slot
+        listed = kept | is_own
+        tl.store(kept_blocks + entry, tl.zeros_like(slot).to(tl.int32) + block[:, None], mask=listed)
+        tl.store(kept_shares + entry, mass, mask=listed)
+        tl.store(kept_weights + entry, tl.where(kept, 1 / pi, 0.0), mask=listed)
 
 
 @triton.jit
@@ -268,10 +283,11 @@ STARTED_BLOCKS = 256
 
 
 def residuals(shape: Shape) -> list[TensorForm]:
-    """Pairs, with room for as many as there can be; where each block's start."""
+    """Pairs, with room for as many as there can be; where each block's start; weights, if not those of the masses."""
     assert shape.threshold is not None
     bound = kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold)
-    return [((bound,), torch.int32), ((block_count(shape.vocabulary) + 1,), torch.int32)]
+    forms: list[TensorForm] = [((bound,), torch.int32), ((block_count(shape.vocabulary) + 1,), torch.int32)]
+    return [*forms, ((bound,), torch.float32)] if shape.estimated else forms
 
 
 def workspace(shape: Shape, rows: int) -> int:
@@ -294,6 +310,37 @@ def smoothing_shares(problem: Problem) -> torch.Tensor | None:
     return block_shares(problem.smoothing, problem.shape.vocabulary, problem.hidden.device).float()
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What the scan knows of each row's listed blocks, where it is corrected; [N, S], in no slot or in one.
+
+    Attributes:
+        blocks: int32 number of the block, -1 where the slot is empty.
+        shares: fp32 sums of exponentials, as shares of the row's.
+        weights: fp32 inverse inclusion probabilities, 0 for a block that is listed for its target alone.
+    """
+
+    blocks: torch.Tensor
+    shares: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def none(cls, shape: Shape, device: torch.device) -> Kept:
+        """Every slot empty."""
+        size = (shape.tokens, slots(shape))
+        return cls(
+            blocks=torch.full(size, -1, dtype=torch.int32, device=device),
+            shares=torch.empty(size, device=device),
+            weights=torch.empty(size, device=device),
+        )
+
+
+def slots(shape: Shape) -> int:
+    """S, blocks that a row can list."""
+    assert shape.threshold is not None
+    return most_sampled(shape.vocabulary, shape.threshold) + 1
+
+
 class Selection:
     """The pairs of one problem, listed row chunk by row chunk."""
 
@@ -305,6 +352,7 @@ class Selection:
         self._bits = torch.empty(ceil_div(shape.tokens, GROUP), self._blocks, dtype=torch.int32, device=device)
         self._own = torch.empty(shape.tokens, dtype=torch.int8, device=device)
         self._shares = smoothing_shares(problem)
+        self.kept = Kept.none(shape, device) if shape.estimated else None
 
     def add(self, tables: Tables, first_row: int, rows: int, statistics: Statistics) -> None:
         """List the pairs of places ``first_row``, a multiple of GROUP, on."""
@@ -317,7 +365,7 @@ class Selection:
         segments = ceil_div(self._blocks, SELECTED_BLOCKS)
         sums = torch.empty(segments, rows, dtype=torch.int64, device=self._bits.device)
         table, shares, stride = tables.log_sum, or_other(self._shares, tables.log_sum), tables.log_sum.stride(0)
-        where = (stride, first_row, rows, self._blocks, 1 / threshold)
+        where, kept = (stride, first_row, rows, self._blocks, 1 / threshold), self.kept
         sum_steps_kernel[(ceil_div(rows, SUMMED_ROWS), segments)](
             table,
             shares,
@@ -342,6 +390,7 @@ class Selection:
             self._rows.count,
             self._bits,
             self._own,
+            *((self._bits, table, table) if kept is None else (kept.blocks, kept.shares, kept.weights)),
             *where,
             most_sampled(problem.shape.vocabulary, threshold),
             GROUP=GROUP,
@@ -349,6 +398,7 @@ class Selection:
             BLOCKS=SELECTED_BLOCKS,
             SEGMENTS=SELECTED_SEGMENTS,
             MIXED=self._shares is not None,
+            ESTIMATED=kept is not None,
             num_warps=4,
         )
 
@@ -357,7 +407,7 @@ class Selection:
         groups, blocks = self._bits.shape
         device = self._bits.device
         pairs, starts = (
-            torch.empty(size, dtype=dtype, device=device) for size, dtype in residuals(self._problem.shape)
+            torch.empty(size, dtype=dtype, device=device) for size, dtype in residuals(self._problem.shape)[:2]
         )
         segments = ceil_div(groups, COUNTED_GROUPS)
         counts = torch.empty(segments, blocks, dtype=torch.int32, device=device)

@@ -1,0 +1,138 @@
+"""The log-sum-exp of a scan in eight bits, corrected by the pairs that are kept.
+
+With masses ``m_ib`` of the scan as shares of the row's, and ``s_ib`` the same of the pairs' logits in full,
+
+    logsumexp_i += log max(1 + sum_b (s_ib - m_ib) / pi_ib, sum_b s_ib)
+
+over the blocks that row i lists, where 1 / pi is 0 for one that is listed for its target alone: see ``reference.py``.
+"""
+
+# A launch takes num_warps and num_stages besides the kernel's own parameters.
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from logitless.backends.triton.pairs import pairs_of_tile, products_of_pairs
+from logitless.backends.triton.primitives import LN2, LOG2E, logits
+
+
+@triton.jit
+def pair_sums_kernel(
+    hidden,  # [N, hidden_stride]
+    weight,  # descriptor of [V, D], boxes [BLOCK, BK]
+    pairs,  # [P] int32
+    starts,  # [B + 1] int32
+    tile_starts,  # [B + 1] int32
+    tile_blocks,  # [T] int32
+    kept_blocks,  # [N, slots] int32
+    kept_weights,  # [N, slots] fp32
+    sums,  # [N, slots] fp32, written: s above, in the slots that are taken
+    pair_weights,  # [P] fp32, written: those of ``kept_weights``
+    bias,  # [V] where BIAS
+    target,  # [N] int64
+    logsumexp,  # [N] fp32 of the scan
+    target_logit,  # [N] fp32, written
+    hidden_stride,
+    hidden_size,
+    vocabulary,
+    blocks,
+    slots,
+    scale,
+    softcap,
+    programs,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums of exponentials of all pairs, and the targets' logits.
+
+    Grid: ``programs`` persistent programs, each a walk over tiles. Precision: products accumulate in fp32, everything
+    after is fp32. Deterministic: each entry is written once.
+    """
+    for tile in tl.range(tl.program_id(0), tl.load(tile_starts + blocks), programs):  # pyright: ignore
+        block, place, valid = pairs_of_tile(tile, starts, tile_starts, tile_blocks, TILE)  # pyright: ignore
+        row = tl.load(pairs + place, mask=valid, other=0) & 0x7FFFFFFF
+        column = block * BLOCK
+        products = products_of_pairs(
+            hidden, weight, row, column, hidden_stride, hidden_size, TILE, BLOCK, BK, PRECISION
+        )  # fmt: skip
+        columns = column + tl.arange(0, BLOCK)
+        y = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
+        lse = tl.load(logsumexp + row, mask=valid, other=0.0) * LOG2E
+        share = tl.sum(tl.where((columns < vocabulary)[None, :], tl.exp2(y - lse[:, None]), 0.0), 1)
+
+        slot = tl.arange(0, SLOTS)
+        entry = row.to(tl.int64)[:, None] * slots + slot[None, :]
+        taken = valid[:, None] & (slot < slots)[None, :]
+        here = taken & (tl.load(kept_blocks + entry, mask=taken, other=-1) == block)
+        weights = tl.load(kept_weights + entry, mask=here, other=0.0)
+        tl.store(sums + entry, tl.zeros_like(weights) + share[:, None], mask=here)
+        tl.store(pair_weights + place, tl.sum(weights, 1), mask=valid)
+
+        goal = tl.load(target + row, mask=valid, other=-1).to(tl.int32)
+        at_target = columns[None, :] == goal[:, None]
+        inside = valid & (goal >= column) & (goal < column + BLOCK)
+        tl.store(target_logit + row, tl.sum(tl.where(at_target, y, 0.0), 1) * LN2, mask=inside)
+
+
+@triton.jit
+def correct_kernel(
+    kept_blocks,  # [N, slots] int32
+    kept_shares,  # [N, slots] fp32
+    kept_weights,  # [N, slots] fp32
+    sums,  # [N, slots] fp32
+    logsumexp,  # [N] fp32, corrected
+    rows,
+    slots,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """The equation above. Grid: blocks of ROWS rows. Deterministic."""
+    row, slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS)
+    entry = row.to(tl.int64)[:, None] * slots + slot[None, :]
+    inside = (row < rows)[:, None] & (slot < slots)[None, :]
+    taken = inside & (tl.load(kept_blocks + entry, mask=inside, other=-1) >= 0)
+    share = tl.load(sums + entry, mask=taken, other=0.0)
+    change = (share - tl.load(kept_shares + entry, mask=taken, other=0.0)) * tl.load(
+        kept_weights + entry, mask=taken, other=0.0
+    )
+    total, least = 1 + tl.sum(change, 1), tl.sum(share, 1)
+    lse = tl.load(logsumexp + row, mask=row < rows, other=0.0)
+    tl.store(logsumexp + row, lse + LN2 * tl.log2(tl.where(total > least, total, least)), mask=row < rows)
+
+
+@triton.jit
+def row_dots_kernel(
+    matrix,  # [R, stride]
+    vector,  # [columns] fp32
+    counted,  # [R] bool where MASKED
+    result,  # [R] fp32, written; 0 for rows that do not count
+    stride,
+    rows,
+    columns,
+    scale,
+    offset,  # [1] fp32
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """``scale * <m_r, vector> + offset``. Grid: blocks of ROWS rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    if MASKED:
+        inside = inside & tl.load(counted + row, mask=inside, other=0).to(tl.int1)
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        factor = tl.load(vector + column, mask=column < columns, other=0.0)
+        place = row.to(tl.int64)[:, None] * stride + column[None, :]
+        values = tl.load(matrix + place, mask=inside[:, None] & (column < columns)[None, :], other=0.0)
+        total += tl.sum(values.to(tl.float32) * factor[None, :], 1)
+    tl.store(result + row, tl.where(inside, total * scale + tl.load(offset), 0.0), mask=row < rows)
