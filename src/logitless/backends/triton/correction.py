@@ -68,6 +68,11 @@ def pair_sums_kernel(
         lse = tl.load(logsumexp + row, mask=valid, other=0.0) * LOG2E
         share = tl.sum(tl.where((columns < vocabulary)[None, :], tl.exp2(y - lse[:, None]), 0.0), 1)
 
+        goal = tl.load(target + row, mask=valid, other=-1).to(tl.int32)
+        at_target = columns[None, :] == goal[:, None]
+        inside = valid & (goal >= column) & (goal < column + BLOCK)
+        tl.store(target_logit + row, tl.sum(tl.where(at_target, y, 0.0), 1) * LN2, mask=inside)
+
         slot = tl.arange(0, SLOTS)
         entry = row.to(tl.int64)[:, None] * slots + slot[None, :]
         taken = valid[:, None] & (slot < slots)[None, :]
@@ -75,11 +80,6 @@ def pair_sums_kernel(
         weights = tl.load(kept_weights + entry, mask=here, other=0.0)
         tl.store(sums + entry, tl.zeros_like(weights) + share[:, None], mask=here)
         tl.store(pair_weights + place, tl.sum(weights, 1), mask=valid)
-
-        goal = tl.load(target + row, mask=valid, other=-1).to(tl.int32)
-        at_target = columns[None, :] == goal[:, None]
-        inside = valid & (goal >= column) & (goal < column + BLOCK)
-        tl.store(target_logit + row, tl.sum(tl.where(at_target, y, 0.0), 1) * LN2, mask=inside)
 
 
 @triton.jit
