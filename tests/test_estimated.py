@@ -17,7 +17,7 @@ from torch import Tensor
 import logitless
 import test_sampled
 from logitless.options import BLOCK
-from logitless.quantisation import LOUD, left_operand, loud_channels, quantise, right_operand
+from logitless.quantisation import LEAST_SCALE, LOUD, left_operand, loud_channels, quantise, right_operand
 from problems import DATA, Problem, generator, make_problem, random_problem, smollm2_problem
 from test_sampled import DRAWS, HIDDEN, OPTIONS, THRESHOLD, TOKENS, VOCABULARY, assert_unbiased, blocks_of, problem_of
 from tolerance import loss_and_gradients
@@ -273,8 +273,8 @@ def test_rounded_rows():
 
 
 def test_rows_of_zeros():
-    quantised = quantise(torch.zeros(2, 8), torch.arange(2))
-    assert quantised.scale.tolist() == [1, 1]
+    quantised = quantise(torch.tensor([0.0, 2.0**-120])[:, None].expand(2, 8), torch.arange(2))
+    assert quantised.scale.tolist() == [LEAST_SCALE] * 2
     assert not quantised.values.float().any()
 
 

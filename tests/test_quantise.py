@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 
 from kernels import DEVICE, DTYPES
 from logitless.backends.triton import quantise as kernels
-from logitless.backends.triton.quantise import loud_channels, new_operand, operand_width, quantise_rows, take_twice
-from logitless.quantisation import LARGEST, LOUD, quantise
+from logitless.backends.triton.quantise import loud_channels, new_operand, operand_width, quantise_rows
+from logitless.quantisation import LARGEST, LEAST_SCALE, LOUD, quantise
 from logitless.quantisation import loud_channels as expected_channels
 from problems import generator
 
@@ -34,8 +34,7 @@ def test_operand(size, dtype, weight):
     values, scale = new_operand(rows, columns, matrix.device)
     assert values.shape == (rows, operand_width(columns))
     assert operand_width(columns) % 16 == 0
-    quantise_rows(matrix, values, scale)
-    take_twice(matrix, values, scale, channels, weight=weight)
+    quantise_rows(matrix, channels, values, scale, weight=weight)
     expected = quantise(matrix, channels)
     torch.testing.assert_close(scale, expected.scale, rtol=2e-7, atol=0)
     assert torch.equal(values[:, :columns].float(), expected.values.float())
@@ -50,24 +49,26 @@ def test_operand(size, dtype, weight):
 def test_rows_wider_than_a_program_takes_at_once(monkeypatch):
     matrix = matrix_of(4, 200)
     whole, scale = new_operand(4, 200, matrix.device)
-    quantise_rows(matrix, whole, scale)
+    channels = torch.arange(LOUD, device=DEVICE)
+    quantise_rows(matrix, channels, whole, scale, weight=True)
     monkeypatch.setattr(kernels, "WIDEST", 64)
     parts, scale_of_parts = new_operand(4, 200, matrix.device)
-    quantise_rows(matrix, parts, scale_of_parts)
+    quantise_rows(matrix, channels, parts, scale_of_parts, weight=True)
     assert torch.equal(scale, scale_of_parts)
-    assert torch.equal(whole[:, :200].view(torch.uint8), parts[:, :200].view(torch.uint8))
+    assert torch.equal(whole.view(torch.uint8), parts.view(torch.uint8))
 
 
 def test_rows_without_numbers():
-    """Zeros have a scale of 1; NaN and infinity leave NaN."""
-    matrix = torch.ones(4, 16, device=DEVICE)
+    """Zeros stay zeros, numbers too small for a scale of their own stay numbers; NaN and infinity leave NaN."""
+    matrix = torch.ones(5, 16, device=DEVICE)
     matrix[0] = 0
+    matrix[4] = 2.0**-120
     matrix[1, 3] = torch.inf
     matrix[2, 3] = torch.nan
-    values, scale = new_operand(4, 16, matrix.device)
-    quantise_rows(matrix, values, scale)
-    assert scale[0] == 1
-    assert not values[0, :16].float().any()
+    values, scale = new_operand(5, 16, matrix.device)
+    quantise_rows(matrix, torch.arange(16, device=DEVICE), values, scale, weight=False)
+    assert scale[0] == scale[4] == LEAST_SCALE
+    assert not values[[0, 4], :16].float().any()
     products = values[:, :16].float().sum(1) * scale
     assert products[1:3].isnan().all()
     assert products[3] == 16

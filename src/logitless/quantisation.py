@@ -20,6 +20,8 @@ import torch
 LOUD = 32
 FORMAT = torch.float8_e4m3fn
 LARGEST = 448.0
+# Least scale of a row, whose inverse is finite: rows of smaller numbers, and of zeros, have this one.
+LEAST_SCALE = 2.0**-100
 # Rows whose squares are added up at a time, which bounds their copy in fp32.
 SUMMED_ROWS = 256
 
@@ -52,11 +54,10 @@ def quantise(
     matrix: torch.Tensor,  # [R, D]
     channels: torch.Tensor,  # [C]
 ) -> Quantised:
-    """Rows in eight bits. A row of zeros has a scale of 1; one with NaN or infinity has NaN."""
+    """Rows in eight bits. A row with NaN or infinity has NaN."""
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
-    largest = wide.abs().amax(1)
-    scale = torch.where(largest == 0, 1, largest / LARGEST)
-    scaled = wide / scale[:, None]
+    scale = (wide.abs().amax(1) / LARGEST).clamp_min(LEAST_SCALE)
+    scaled = wide * (1 / scale)[:, None]
     values = scaled.to(FORMAT)
     left_over = scaled[:, channels] - values[:, channels].to(wide.dtype)
     return Quantised(values, left_over.to(FORMAT), scale)

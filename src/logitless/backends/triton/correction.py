@@ -5,6 +5,7 @@ With masses ``m_ib`` of the scan as shares of the row's, and ``s_ib`` the same o
     logsumexp_i += log max(1 + sum_b (s_ib - m_ib) / pi_ib, sum_b s_ib)
 
 over the blocks that row i lists, where 1 / pi is 0 for one that is listed for its target alone: see ``reference.py``.
+The pairs' probabilities are left for the backward pass, which multiplies no logits again.
 """
 
 # A launch takes num_warps and num_stages besides the kernel's own parameters.
@@ -15,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from logitless.backends.triton.pairs import pairs_of_tile, products_of_pairs
-from logitless.backends.triton.primitives import LN2, LOG2E, logits
+from logitless.backends.triton.pairs import gradient_of_pairs, pairs_of_tile, products_of_pairs
+from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative, logits
 
 
 @triton.jit
@@ -31,6 +32,7 @@ def pair_sums_kernel(
     kept_weights,  # [N, slots] fp32
     sums,  # [N, slots] fp32, written: s above, in the slots that are taken
     pair_weights,  # [P] fp32, written: those of ``kept_weights``
+    excess,  # [P, BLOCK], written: the probabilities under the scan's normaliser, less 1 at the target
     bias,  # [V] where BIAS
     target,  # [N] int64
     logsumexp,  # [N] fp32 of the scan
@@ -51,10 +53,11 @@ def pair_sums_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums of exponentials of all pairs, and the targets' logits.
+    """Sums of exponentials of all pairs, and the targets' logits; the exponentials themselves for the backward pass.
 
     Grid: ``programs`` persistent programs, each a walk over tiles. Precision: products accumulate in fp32, everything
-    after is fp32. Deterministic: each entry is written once.
+    after is fp32; the target's 1 is subtracted before the one rounding, to the dtype of ``excess``. Deterministic: each
+    entry is written once.
     """
     for tile in tl.range(tl.program_id(0), tl.load(tile_starts + blocks), programs):  # pyright: ignore
         block, place, valid = pairs_of_tile(tile, starts, tile_starts, tile_blocks, TILE)  # pyright: ignore
@@ -66,12 +69,17 @@ def pair_sums_kernel(
         columns = column + tl.arange(0, BLOCK)
         y = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
         lse = tl.load(logsumexp + row, mask=valid, other=0.0) * LOG2E
-        share = tl.sum(tl.where((columns < vocabulary)[None, :], tl.exp2(y - lse[:, None]), 0.0), 1)
+        p = tl.where((columns < vocabulary)[None, :], tl.exp2(y - lse[:, None]), 0.0)
+        share = tl.sum(p, 1)
 
         goal = tl.load(target + row, mask=valid, other=-1).to(tl.int32)
         at_target = columns[None, :] == goal[:, None]
         inside = valid & (goal >= column) & (goal < column + BLOCK)
         tl.store(target_logit + row, tl.sum(tl.where(at_target, y, 0.0), 1) * LN2, mask=inside)
+
+        excess_entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        p -= at_target.to(tl.float32)
+        tl.store(excess + excess_entry, p.to(excess.dtype.element_ty), mask=valid[:, None])
 
         slot = tl.arange(0, SLOTS)
         entry = row.to(tl.int64)[:, None] * slots + slot[None, :]
@@ -106,6 +114,53 @@ def correct_kernel(
     total, least = 1 + tl.sum(change, 1), tl.sum(share, 1)
     lse = tl.load(logsumexp + row, mask=row < rows, other=0.0)
     tl.store(logsumexp + row, lse + LN2 * tl.log2(tl.where(total > least, total, least)), mask=row < rows)
+
+
+@triton.jit
+def kept_gradient_kernel(
+    excess,  # [P, BLOCK] as ``pair_sums_kernel`` leaves it
+    pairs,  # [P] int32
+    starts,  # [B + 1] int32
+    tile_starts,  # [B + 1] int32
+    tile_blocks,  # [T] int32
+    pair_weights,  # [P] fp32
+    gradient,  # [P, BLOCK], written
+    target,  # [N] int64
+    scanned,  # [N] fp32 log-sum-exp of the scan
+    logsumexp,  # [N] fp32 the same corrected
+    target_logit,  # [N] fp32
+    a,  # [N] fp32, as c
+    c,
+    blocks,
+    softcap,
+    programs,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """``dz = weight a p - c [v = target]`` of every pair, times the cap's derivative.
+
+    Grid: ``programs`` persistent programs, each a walk over tiles. Precision: fp32, rounded once. Under a cap a logit is
+    the logarithm of its probability; where that is 0, so is its gradient, but for the target's. Deterministic.
+    """
+    for tile in tl.range(tl.program_id(0), tl.load(tile_starts + blocks), programs):  # pyright: ignore
+        block, place, valid = pairs_of_tile(tile, starts, tile_starts, tile_blocks, TILE)  # pyright: ignore
+        row, left = gradient_of_pairs(pairs, excess, place, valid, BLOCK)  # pyright: ignore
+        columns = block * BLOCK + tl.arange(0, BLOCK)
+        at_target = columns[None, :] == tl.load(target + row, mask=valid, other=-1).to(tl.int32)[:, None]
+        p = left.to(tl.float32) + at_target.to(tl.float32)
+        before = tl.load(scanned + row, mask=valid, other=0.0)
+        change = tl.exp2((before - tl.load(logsumexp + row, mask=valid, other=0.0)) * LOG2E)
+        factor = tl.load(pair_weights + place, mask=valid, other=0.0) * tl.load(a + row, mask=valid, other=0.0)
+        # A factor of 0 is that of a pair listed for its target alone, whose probabilities may be anything.
+        dz = tl.where((factor != 0)[:, None], p * (factor * change)[:, None], 0.0)
+        dz -= tl.where(at_target, tl.load(c + row, mask=valid, other=0.0)[:, None], 0.0)
+        if SOFTCAP:
+            y = tl.where(p > 0, tl.log2(p) + before[:, None] * LOG2E, 0.0)
+            y = tl.where(at_target, tl.load(target_logit + row, mask=valid, other=0.0)[:, None] * LOG2E, y)
+            dz *= cap_derivative(y, softcap)
+        entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(gradient + entry, dz.to(gradient.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit

@@ -127,11 +127,12 @@ def scan_kernel(
 
         place = row + tl.arange(0, BM)
         valid = place < rows_here
+        factor = scale
         if SCALED:
             columns = column + tl.arange(0, BN)
-            unit = tl.load(column_scales + columns, mask=columns < vocabulary, other=0.0)
-            products *= tl.load(row_scales + place, mask=valid, other=0.0)[:, None] * unit[None, :]
-        y = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
+            products *= tl.load(column_scales + columns, mask=columns < vocabulary, other=0.0)[None, :]
+            factor = scale * tl.load(row_scales + place, mask=valid, other=0.0)[:, None]
+        y = logits(products, bias, column, vocabulary, factor, softcap, BIAS, SOFTCAP)
         t = tl.load(target + first_row + place, mask=valid, other=-1)
         if RANK:
             at_target = tl.load(target_logit + first_row + place, mask=valid, other=float("inf"))

@@ -6,6 +6,7 @@ measured rates, good enough to rank schedules; their absolute value is not promi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -139,9 +140,10 @@ def _prepared(shape: Shape) -> int:
 
 def _sampled(shape: Shape, schedule: Schedule) -> int:
     """Pairs; forward, tables and a bit for each pair there could be; backward, the gradient of the pairs' logits."""
-    (pairs, _), (starts, _) = selection.residuals(shape)[:2]
+    residuals = selection.residuals(shape)
+    left = sum(math.prod(size) * dtype.itemsize for size, dtype in residuals)
+    (pairs, _), (starts, _) = residuals[:2]
     rows = sampled.rows_at_a_time(shape, schedule)
-    left = 4 * (pairs[0] * (2 if shape.estimated else 1) + starts[0])
     smooth = 0
     if "smooth_logit" in shape.statistics:
         smooth = 4 * (sampled.SEGMENTS + 2) * shape.hidden

@@ -102,7 +102,6 @@ def pair_gradient_kernel(
     bias,  # [V] where BIAS
     smoothing,  # [V] where SMOOTH_VECTOR
     shares,  # [B] fp32 where MIXED
-    weights,  # [P] fp32 where WEIGHTED: inverse probabilities, where a recomputed mass does not say them
     target,  # [N] int64
     logsumexp,  # [N] fp32, as a, b, c and d
     a,
@@ -127,7 +126,6 @@ def pair_gradient_kernel(
     SMOOTH: tl.constexpr,
     SMOOTH_VECTOR: tl.constexpr,
     MIXED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``dz`` of every pair, without the scale.
@@ -149,14 +147,11 @@ def pair_gradient_kernel(
         lse = tl.load(logsumexp + row, mask=valid, other=0.0) * LOG2E
         y = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
         p = tl.where(exists, tl.exp2(y - lse[:, None]), 0.0)
-        if WEIGHTED:
-            factor = tl.load(weights + place, mask=valid, other=0.0)
-        else:
-            share = 0.0
-            if MIXED:
-                share = tl.load(shares + block)
-            pi = inclusion_probability(tl.sum(p, 1), share, inverse_threshold, MIXED)
-            factor = tl.where((coded >= 0) & (pi > 0), 1 / pi, 0.0)
+        share = 0.0
+        if MIXED:
+            share = tl.load(shares + block)
+        pi = inclusion_probability(tl.sum(p, 1), share, inverse_threshold, MIXED)
+        factor = tl.where((coded >= 0) & (pi > 0), 1 / pi, 0.0)
 
         dz = p * (factor * tl.load(a + row, mask=valid, other=0.0))[:, None]
         if B:

@@ -62,7 +62,7 @@ def tanh(u):
 
 @triton.jit
 def logits(products, bias, first, vocabulary, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """[R, U] products to logits in units of log 2: scale, bias, cap. ``first`` is the index of the first column."""
+    """[R, U] products to logits in units of log 2: scale, a number or [R, 1], bias, cap. ``first`` is the first column."""
     if BIAS:
         columns = first + tl.arange(0, products.shape[1])
         shift = tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
@@ -115,7 +115,7 @@ def log_sum_exp(y, first, vocabulary, BLOCK: tl.constexpr):
     """
     total = tl.sum(in_blocks(tl.exp2(y), BLOCK), 1)
     result = tl.log2(total)
-    plain = (tl.min(total, 0) > LEAST_PLAIN_SUM) & (tl.max(total, 0) < LARGEST_PLAIN_SUM)
+    plain = tl.min(((total > LEAST_PLAIN_SUM) & (total < LARGEST_PLAIN_SUM)).to(tl.int32), 0) > 0
     if (first + y.shape[1] > vocabulary) | (not plain):
         z = in_blocks(mask_columns(y, first, vocabulary, -float("inf")), BLOCK)
         peak = finite_maximum(z)

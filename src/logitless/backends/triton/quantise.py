@@ -1,8 +1,9 @@
 """Operands of the scan in eight bits, as ``logitless/quantisation.py`` defines them.
 
-    scale_r = max_k |m_rk| / 448                       1 for a row of zeros
-    values[r, k] = e4m3(m_rk / scale_r)                k < D
-    then, for the loud channels c, values[r, c] and e4m3(m_rc / scale_r - values[r, c]), the second first for the weight
+    scale_r = max(max_k |m_rk| / 448, 2^-100)
+    values[r, k] = e4m3(m_rk * (1 / scale_r))          k < D
+    then, for the loud channels c, values[r, c] and e4m3(m_rc * (1 / scale_r) - values[r, c]), the second first for the
+    weight
 
 so that one product of [N, W] and [V, W] operands, W = D + 2 LOUD and a few zeros, has all three terms.
 """
@@ -19,11 +20,12 @@ import triton.language as tl
 from logitless.backends.contract import Problem, ceil_div
 from logitless.backends.triton.launch import Rounded, readable
 from logitless.backends.triton.tiles import interpreted
-from logitless.quantisation import FORMAT, LARGEST, LOUD
+from logitless.quantisation import FORMAT, LARGEST, LEAST_SCALE, LOUD
 
 # Elements to which rows are padded with zeros: 16 bytes, as the tensor copy engine wants them.
 ALIGNMENT = 16
 MAXIMUM: tl.constexpr = tl.constexpr(LARGEST)
+LEAST: tl.constexpr = tl.constexpr(LEAST_SCALE)
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-6)
 # Added to a number below 2^22 it leaves the nearest integer in the last digits.
 INTEGER: tl.constexpr = tl.constexpr(12582912.0)
@@ -80,16 +82,25 @@ def column_squares_kernel(
 @triton.jit
 def quantise_rows_kernel(
     matrix,  # [R, stride]
-    values,  # [R, width] e4m3, its first columns written
+    channels,  # [taken] int64
+    values,  # [R, width] e4m3, written
     scales,  # [R] fp32, written
     stride,
     width,
     columns,
+    taken,
+    padding,
     COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr,
+    LOUD: tl.constexpr,
+    PADDING: tl.constexpr,
+    WEIGHT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Scale and rounded values of a row. Grid: rows. WHOLE: COLUMNS are all, so that they are read once."""
+    """A row's scale and rounded values, its loud channels once more and what their rounding left, zeros for the rest.
+
+    Grid: rows. WHOLE: COLUMNS are all, so that they are read once.
+    """
     row = tl.program_id(0).to(tl.int64)
     source, result = matrix + row * stride, values + row * width
     column = tl.arange(0, COLUMNS)
@@ -99,57 +110,28 @@ def quantise_rows_kernel(
         for first in range(COLUMNS, columns, COLUMNS):
             x = tl.load(source + first + column, mask=first + column < columns, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
-    unit = tl.where(largest == 0, 1.0, largest / MAXIMUM)
-    tl.store(scales + row, unit)
+    scale = tl.maximum(tl.div_rn(largest, MAXIMUM), LEAST)
+    inverse = tl.div_rn(1.0, scale)
+    tl.store(scales + row, scale)
     if WHOLE:
-        tl.store(result + column, e4m3(x / unit, INTERPRETED), mask=column < columns)
+        tl.store(result + column, e4m3(x * inverse, INTERPRETED), mask=column < columns)
     else:
         for first in range(0, columns, COLUMNS):
             x = tl.load(source + first + column, mask=first + column < columns, other=0.0).to(tl.float32)
-            tl.store(result + first + column, e4m3(x / unit, INTERPRETED), mask=first + column < columns)
+            tl.store(result + first + column, e4m3(x * inverse, INTERPRETED), mask=first + column < columns)
 
-
-@triton.jit
-def loud_columns_kernel(
-    matrix,  # [R, stride]
-    scales,  # [R] fp32
-    channels,  # [taken] int64
-    values,  # [R, width] e4m3, its last columns written
-    stride,
-    width,
-    rows,
-    columns,
-    taken,
-    padding,
-    ROWS: tl.constexpr,
-    LOUD: tl.constexpr,
-    PADDING: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """The loud channels once more, and what their rounding left; zeros where there are fewer, and in the padding.
-
-    Grid: blocks of ROWS rows.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, LOUD)
-    inside = (row < rows)[:, None]
     channel = tl.load(channels + lane, mask=lane < taken, other=0)
-    place = row.to(tl.int64)[:, None] * stride + channel[None, :]
-    x = tl.load(matrix + place, mask=inside & (lane < taken)[None, :], other=0.0).to(tl.float32)
-    x = x / tl.load(scales + row, mask=row < rows, other=1.0)[:, None]
-    rounded = e4m3(x, INTERPRETED)
-    left_over = e4m3(x - rounded.to(tl.float32), INTERPRETED)
-    result = values + row.to(tl.int64)[:, None] * width + columns
-    tl.store(result + lane[None, :], left_over if WEIGHT else rounded, mask=inside)
-    tl.store(result + LOUD + lane[None, :], rounded if WEIGHT else left_over, mask=inside)
+    loud = tl.load(source + channel, mask=lane < taken, other=0.0).to(tl.float32) * inverse
+    rounded = e4m3(loud, INTERPRETED)
+    left_over = e4m3(loud - rounded.to(tl.float32), INTERPRETED)
+    tl.store(result + columns + lane, left_over if WEIGHT else rounded)
+    tl.store(result + columns + LOUD + lane, rounded if WEIGHT else left_over)
     rest = tl.arange(0, PADDING)
-    zeros = tl.zeros((ROWS, PADDING), tl.float32).to(tl.float8e4nv)
-    tl.store(result + 2 * LOUD + rest[None, :], zeros, mask=inside & (rest < padding)[None, :])
+    tl.store(result + columns + 2 * LOUD + rest, tl.zeros((PADDING,), tl.float32).to(tl.float8e4nv), mask=rest < padding)
 
 
 SUMMED_ROWS, SUMMED_COLUMNS, SUMMED_SEGMENTS = 32, 128, 64
-LOUD_ROWS = 64
 WIDEST = 8192
 
 
@@ -182,55 +164,36 @@ def loud_channels(
     return sums.sum(0).nan_to_num(torch.inf).topk(min(LOUD, columns)).indices.sort().values
 
 
-def quantise_rows(matrix: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> None:
-    """Rows [R, D] into the first columns of ``values`` [R, W], and their scales [R]."""
+def quantise_rows(
+    matrix: torch.Tensor,  # [R, D]
+    channels: torch.Tensor,  # [C]
+    values: torch.Tensor,  # [R, W], written
+    scales: torch.Tensor,  # [R], written
+    *,
+    weight: bool,
+) -> None:
+    """An operand of the product, in the order of the weight or of the hidden states."""
     rows, columns = matrix.shape
     if rows == 0:
         return
     size = min(WIDEST, triton.next_power_of_2(columns))
     quantise_rows_kernel[(rows,)](
         matrix,
-        values,
-        scale,
-        matrix.stride(0),
-        values.stride(0),
-        columns,
-        COLUMNS=size,
-        WHOLE=columns <= size,
-        INTERPRETED=interpreted(),
-        num_warps=max(1, min(8, size // 512)),
-    )
-
-
-def take_twice(
-    matrix: torch.Tensor,  # [R, D]
-    values: torch.Tensor,  # [R, W]
-    scale: torch.Tensor,  # [R]
-    channels: torch.Tensor,  # [C]
-    *,
-    weight: bool,
-) -> None:
-    """The loud channels into the last columns of ``values``, in the order of the weight or of the hidden states."""
-    rows, columns = matrix.shape
-    if rows == 0:
-        return
-    loud_columns_kernel[(ceil_div(rows, LOUD_ROWS),)](
-        matrix,
-        scale,
         channels,
         values,
+        scales,
         matrix.stride(0),
         values.stride(0),
-        rows,
         columns,
         channels.shape[0],
         values.shape[1] - columns - 2 * LOUD,
-        ROWS=LOUD_ROWS,
+        COLUMNS=size,
+        WHOLE=columns <= size,
         LOUD=LOUD,
         PADDING=ALIGNMENT,
         WEIGHT=weight,
         INTERPRETED=interpreted(),
-        num_warps=4,
+        num_warps=max(1, min(8, size // 1024)),
     )
 
 
@@ -249,12 +212,10 @@ class Rounding:
         weight, device = readable(problem.weight), problem.hidden.device
         self._hidden = Rounded(*new_operand(rows, problem.shape.hidden, device))
         self._weight = Rounded(*new_operand(problem.shape.vocabulary, problem.shape.hidden, device))
-        quantise_rows(weight, self._weight.values, self._weight.scales)
-        take_twice(weight, self._weight.values, self._weight.scales, self._channels, weight=True)
+        quantise_rows(weight, self._channels, self._weight.values, self._weight.scales, weight=True)
 
     def operands(self, hidden: torch.Tensor) -> tuple[Rounded, Rounded]:
         """Rows [R, D] of the hidden states, and the weight; valid until the next call."""
         rounded = Rounded(self._hidden.values[: hidden.shape[0]], self._hidden.scales[: hidden.shape[0]])
-        quantise_rows(hidden, rounded.values, rounded.scales)
-        take_twice(hidden, rounded.values, rounded.scales, self._channels, weight=False)
+        quantise_rows(hidden, self._channels, rounded.values, rounded.scales, weight=False)
         return rounded, self._weight

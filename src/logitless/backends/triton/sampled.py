@@ -14,7 +14,7 @@ import triton
 
 from logitless.backends.contract import Coefficients, Gradients, Problem, Schedule, Shape, Statistics, ceil_div
 from logitless.backends.triton import tiles
-from logitless.backends.triton.correction import correct_kernel, pair_sums_kernel, row_dots_kernel
+from logitless.backends.triton.correction import correct_kernel, kept_gradient_kernel, pair_sums_kernel, row_dots_kernel
 from logitless.backends.triton.dense import Scratch, new_statistics, scan_rows, slices, write_ranks
 from logitless.backends.triton.launch import Launcher, described, fp32_precision, or_other, readable
 from logitless.backends.triton.pairs import (
@@ -32,7 +32,7 @@ from logitless.options import BLOCK
 from logitless.sampling import block_count
 
 # Programs a multiprocessor of the persistent kernels: as many as shared memory has room for, and as keep up additions.
-GRADIENT_PROGRAMS, HIDDEN_PROGRAMS = 2, 4
+GRADIENT_PROGRAMS, HIDDEN_PROGRAMS, ELEMENTWISE_PROGRAMS = 2, 4, 8
 # Columns of the hidden size that one program of the deterministic kernel owns.
 OWNED = 32
 # Rows of the correction that one program takes.
@@ -67,15 +67,18 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     if selection.kept is None:
         return statistics.leaving((pairs, starts))
     grouped = _Grouped(problem, pairs, starts)
-    return statistics.leaving((pairs, starts, grouped.correct(statistics, selection.kept)))
+    return statistics.leaving((pairs, starts, *grouped.correct(statistics, selection.kept)))
 
 
 def backward(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> Gradients:
     """Gradients from the pairs; the rank-one part of label smoothing is exact."""
     shape = problem.shape
-    pairs, starts, *weights = statistics.residuals
-    grouped = _Grouped(problem, pairs, starts, *weights)
-    gradient = grouped.logits_gradient(statistics, coefficients)
+    pairs, starts, *kept = statistics.residuals
+    grouped = _Grouped(problem, pairs, starts)
+    if shape.estimated:
+        gradient = grouped.kept_gradient(statistics, coefficients, *kept)
+    else:
+        gradient = grouped.logits_gradient(statistics, coefficients)
     gradients = Gradients(None, None, None)
     if shape.weight_gradient or shape.bias_gradient:
         gradients.weight, gradients.bias = grouped.weight_gradient(gradient, coefficients.d)
@@ -92,12 +95,11 @@ class _Grouped:
         problem: Problem,
         pairs: torch.Tensor,  # [P]
         starts: torch.Tensor,  # [B + 1]
-        weights: torch.Tensor | None = None,  # [P]
     ) -> None:
         self._problem, self._shape = problem, problem.shape
         self._device, dtype = problem.hidden.device, problem.shape.compute_dtype
         self._hidden, self._weight = problem.hidden.to(dtype), readable(problem.weight.to(dtype))
-        self._pairs, self._starts, self._weights = pairs, starts, weights
+        self._pairs, self._starts = pairs, starts
         index = tiles.device_index(self._device)
         self._tile, self._weight_tile, self._hidden_tile = (
             tiles.tile(kind, dtype.itemsize, index) for kind in ("pairs", "pair_weight", "pair_hidden")
@@ -118,10 +120,16 @@ class _Grouped:
     def _empty(self, *size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=self._device)
 
-    def correct(self, statistics: Statistics, kept: Kept) -> torch.Tensor:
-        """Correct the statistics of a scan in eight bits, in place; [P] the pairs' weights."""
+    def correct(self, statistics: Statistics, kept: Kept) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Correct the statistics of a scan in eight bits, in place.
+
+        Returns [P] the pairs' weights, [P, BLOCK] their probabilities, less 1 at the target, under the log-sum-exp
+        before it was corrected, and that [N].
+        """
         problem, head, (rows, slots) = self._problem, self._problem.head, kept.blocks.shape
         sums, weights = self._empty(rows, slots), self._empty(self._pairs.shape[0])
+        excess = self._empty(self._pairs.shape[0], BLOCK, dtype=self._shape.compute_dtype)
+        scanned = statistics.logsumexp.clone()
         programs, size = GRADIENT_PROGRAMS * self._processors, triton.next_power_of_2(slots)
         pair_sums_kernel[(programs,)](
             self._hidden,
@@ -134,6 +142,7 @@ class _Grouped:
             kept.weights,
             sums,
             weights,
+            excess,
             sums if problem.bias is None else problem.bias.contiguous(),
             problem.target,
             statistics.logsumexp,
@@ -162,7 +171,7 @@ class _Grouped:
         )  # fmt: skip
         if statistics.smooth_logit is not None:
             self._smooth_logits(statistics.smooth_logit)
-        return weights
+        return weights, excess, scanned
 
     def _smooth_logits(self, result: torch.Tensor) -> None:
         """[N] sums of the logits weighted by the smoothing: one vector product."""
@@ -188,6 +197,41 @@ class _Grouped:
             num_warps=4,
         )
 
+    def kept_gradient(
+        self,
+        statistics: Statistics,
+        c: Coefficients,
+        weights: torch.Tensor,  # [P]
+        excess: torch.Tensor,  # [P, BLOCK]
+        scanned: torch.Tensor,  # [N]
+    ) -> torch.Tensor:
+        """[P, BLOCK] the gradient of the pairs' logits, of what ``correct`` returned."""
+        gradient, softcap = torch.empty_like(excess), self._problem.head.softcap
+        programs = ELEMENTWISE_PROGRAMS * self._processors
+        kept_gradient_kernel[(programs,)](
+            excess,
+            self._pairs,
+            self._starts,
+            self._tile_starts,
+            self._tile_blocks,
+            weights,
+            gradient,
+            self._problem.target,
+            scanned,
+            statistics.logsumexp,
+            statistics.target_logit,
+            c.a,
+            c.c,
+            self._blocks,
+            softcap or 1.0,
+            programs,
+            TILE=self._tile.rows,
+            BLOCK=BLOCK,
+            SOFTCAP=softcap is not None,
+            num_warps=4,
+        )
+        return gradient
+
     def logits_gradient(self, statistics: Statistics, c: Coefficients) -> torch.Tensor:
         """[P, BLOCK] the gradient of the pairs' logits."""
         problem, head = self._problem, self._problem.head
@@ -206,7 +250,6 @@ class _Grouped:
             c.a if problem.bias is None else problem.bias.contiguous(),
             or_other(self._vector, c.a),
             or_other(shares, c.a),
-            or_other(self._weights, c.a),
             problem.target,
             statistics.logsumexp,
             c.a,
@@ -231,7 +274,6 @@ class _Grouped:
             SMOOTH=c.d is not None,
             SMOOTH_VECTOR=self._vector is not None,
             MIXED=shares is not None,
-            WEIGHTED=self._weights is not None,
             PRECISION=self._precision,
             num_warps=self._tile.warps,
             num_stages=self._tile.stages,

@@ -283,11 +283,16 @@ STARTED_BLOCKS = 256
 
 
 def residuals(shape: Shape) -> list[TensorForm]:
-    """Pairs, with room for as many as there can be; where each block's start; weights, if not those of the masses."""
+    """Pairs, with room for as many as there can be, and where each block's start.
+
+    After a scan in eight bits also their weights, their probabilities and the log-sum-exp that these are of.
+    """
     assert shape.threshold is not None
     bound = kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold)
     forms: list[TensorForm] = [((bound,), torch.int32), ((block_count(shape.vocabulary) + 1,), torch.int32)]
-    return [*forms, ((bound,), torch.float32)] if shape.estimated else forms
+    if shape.estimated:
+        forms += [((bound,), torch.float32), ((bound, BLOCK), shape.compute_dtype), ((shape.tokens,), torch.float32)]
+    return forms
 
 
 def workspace(shape: Shape, rows: int) -> int:
