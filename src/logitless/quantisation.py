@@ -56,7 +56,7 @@ def quantise(
 ) -> Quantised:
     """Rows in eight bits. A row with NaN or infinity has NaN."""
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
-    scale = (wide.abs().amax(1) / LARGEST).clamp_min(LEAST_SCALE)
+    scale = (wide.abs().amax(1) * (1 / LARGEST)).clamp_min(LEAST_SCALE)
     scaled = wide * (1 / scale)[:, None]
     values = scaled.to(FORMAT)
     left_over = scaled[:, channels] - values[:, channels].to(wide.dtype)

@@ -24,7 +24,7 @@ from logitless.quantisation import FORMAT, LARGEST, LEAST_SCALE, LOUD
 
 # Elements to which rows are padded with zeros: 16 bytes, as the tensor copy engine wants them.
 ALIGNMENT = 16
-MAXIMUM: tl.constexpr = tl.constexpr(LARGEST)
+UNIT: tl.constexpr = tl.constexpr(1 / LARGEST)
 LEAST: tl.constexpr = tl.constexpr(LEAST_SCALE)
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-6)
 # Added to a number below 2^22 it leaves the nearest integer in the last digits.
@@ -110,7 +110,7 @@ def quantise_rows_kernel(
         for first in range(COLUMNS, columns, COLUMNS):
             x = tl.load(source + first + column, mask=first + column < columns, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
-    scale = tl.maximum(tl.div_rn(largest, MAXIMUM), LEAST)
+    scale = tl.maximum(largest * UNIT, LEAST)
     inverse = tl.div_rn(1.0, scale)
     tl.store(scales + row, scale)
     if WHOLE:
@@ -193,7 +193,8 @@ def quantise_rows(
         PADDING=ALIGNMENT,
         WEIGHT=weight,
         INTERPRETED=interpreted(),
-        num_warps=max(1, min(8, size // 1024)),
+        num_warps=max(1, min(8, size // 2048)),
+        enable_fp_fusion=False,  # what rounding left is that of the product rounded to fp32
     )
 
 
