@@ -245,6 +245,22 @@ class TestStudy:
         assert max(map(len, printed.getvalue().splitlines())) <= 120
         assert (study.output / "exact-0.json").read_bytes() == before
 
+    def test_runs_from_trained_weights(self, study, tmp_path):
+        """Start at the loss at which that run ended, and need its weights."""
+        wanted = replace(study, output=tmp_path, runs=("tuned-fp8-64-2",))
+        with pytest.raises(
+            InputError, match=r"tuned-fp8-64-2 starts from the weights of exact-0, .*exact-0\.pt is not"
+        ):
+            run_study(wanted, "", SILENT)
+        assert run_study(replace(wanted, runs=("exact-0", "tuned-exact-2", "tuned-fp8-64-2")), "", SILENT) == 0
+        last = result_of(wanted, "exact-0")["evaluations"][-1]["loss"]
+        for name in ("tuned-exact-2", "tuned-fp8-64-2"):
+            assert result_of(wanted, name)["evaluations"][0]["loss"] == pytest.approx(last, rel=1e-6)
+            assert result_of(wanted, name)["start"] == "exact-0"
+        assert (tmp_path / "tuned_loss.png").exists()
+        (tmp_path / "tuned-fp8-64-2.json").unlink()
+        assert run_study(wanted, "", SILENT) == 0
+
     def test_other_settings_are_refused(self, study):
         """Before anything is run, by the name of the setting."""
         for changed, name in (
@@ -299,6 +315,13 @@ class TestRuns:
         assert RUNS["compiled-0"].config(base, 0.5).steps == 100
         assert RUNS["compiled-0"].config(replace(base, steps=3), 0.5).steps == 3
         assert RUNS["exact-short-0"].config(replace(base, steps=16), 0.5).steps == 10
+        assert (RUNS["fp8-64-0"].config(base, 0.5).scan, RUNS["sampled-64-0"].config(base, 0.5).scan) == (
+            "fp8",
+            "input",
+        )
+        tuned = RUNS["tuned-exact-2"].config(replace(base, steps=16, warmup=8), 0.5)
+        assert (tuned.steps, tuned.warmup, tuned.seed) == (4, 2, 12)
+        assert tuned.learning_rate == pytest.approx(base.learning_rate / 10)
         assert STUDY.tokens == 32_768
 
     def test_pairs(self):
@@ -310,6 +333,16 @@ class TestRuns:
             ("sampled-64-1", "exact-1"): "gradient",
             ("sgd-sampled-64-0", "sgd-exact-0"): "gradient",
             ("sgd-exact-1", "sgd-exact-0"): "seed",
+            ("fp8-64-1", "fp8-64-0"): "seed",
+            ("fp8-64-0", "exact-0"): "gradient",
+            ("fp8-64-1", "exact-1"): "gradient",
+            ("fp8-64-0", "exact-short-0"): "gradient and steps",
+            **{(f"tuned-{kind}-3", f"tuned-{kind}-2"): "seed" for kind in ("exact", "sampled-64", "fp8-64")},
+            **{
+                (f"tuned-{kind}-64-{seed}", f"tuned-exact-{seed}"): "gradient"
+                for kind in ("sampled", "fp8")
+                for seed in (2, 3)
+            },
             **{(f"sampled-{inverse}-0", "exact-0"): "gradient" for inverse in (16, 32, 64, 128)},
             **{(f"sampled-{inverse}-0", "exact-short-0"): "gradient and steps" for inverse in (16, 32, 64, 128)},
         }

@@ -83,6 +83,11 @@ def sampled(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) ->
     return logitless.linear_cross_entropy(hidden, weight, target, gradient=logitless.Sampled())
 
 
+def sampled_fp8(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The same after a scan in eight bits, which it rounds its operands to in every call."""
+    return logitless.linear_cross_entropy(hidden, weight, target, gradient=logitless.Sampled(scan="fp8"))
+
+
 def torch_chunked(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """PyTorch's own operator with its default options; with ``options=None`` it is the two-stage pipeline itself."""
     options = torch.nn.LinearCrossEntropyOptions()  # pyright: ignore[reportAttributeAccessIssue]
@@ -180,5 +185,6 @@ PEERS = {
         Peer("logitless exact", "this library's defaults", lambda: exact, _nothing),
         Peer("logitless exact fastest", "with a workspace for all logits", lambda: exact_fastest, _nothing),
         Peer("logitless sampled", "exact loss, sampled gradient", lambda: sampled, _nothing),
+        Peer("logitless fp8", "estimated loss, sampled gradient, scan in eight bits", lambda: sampled_fp8, _nothing),
     )
 }

@@ -30,6 +30,7 @@ MARKS = {
     "logitless exact": ("#0072b2", "o"),
     "logitless exact fastest": ("#56b4e9", "o"),
     "logitless sampled": ("#d55e00", "o"),
+    "logitless fp8": ("#8c564b", "o"),
 }
 OTHER = ("#0072b2", "D")  # this library within a workspace of the caller's
 PANELS_IN_A_ROW = 2

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from logitless.demo.errors import InputError
+from logitless.options import Scan
 
 HeadKind = Literal["two-stage", "exact", "sampled", "compiled"]
 Optimizer = Literal["adamw", "sgd"]
@@ -48,6 +49,9 @@ class TrainConfig:
         "compiled: two-stage under torch.compile",
     ] = "exact"
     threshold: Annotated[float, "sampled head: softmax mass from which a block of tokens is always kept"] = 1 / 64
+    scan: Annotated[Scan, "sampled head: precision of the product that finds that mass; fp8: the loss is estimated"] = (
+        "input"
+    )
     steps: Annotated[int, "optimiser steps"] = 1000
     batch: Annotated[int, "sequences a step"] = 8
     sequence: Annotated[int, "tokens a sequence"] = 128

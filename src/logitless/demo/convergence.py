@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from logitless.bench.environment import hardware, software
-from logitless.demo.checkpoint import atomic_write
+from logitless.demo.checkpoint import atomic_write, load_checkpoint, save_checkpoint
 from logitless.demo.config import TrainConfig
 from logitless.demo.convergence_summary import standard_error, summarise
 from logitless.demo.data import Corpus, held_out_batches
@@ -84,15 +84,20 @@ def run_study(study: StudyConfig, command: str, console: Console) -> int:
     if finished:
         console.print(f"finished before: {', '.join(finished)}", highlight=False, soft_wrap=True)
     study.output.mkdir(parents=True, exist_ok=True)
+    wanted = [name for name in configs if name in study.runs and name not in finished]
+    _check_starts(study.output, wanted)
     failures = 0
-    for name in [name for name in configs if name in study.runs and name not in finished]:
+    for name in wanted:
         try:
-            measured = _train(name, configs[name], corpus, compile_body, console)
+            trainer, measured = _train(name, configs[name], corpus, compile_body, study.output, console)
+            if any(RUNS[other].start == name for other in wanted):
+                save_checkpoint(_weights(study.output, name), trainer.model.state_dict())
         except InputError as error:
             console.print(f"{name}: given up, {error}", highlight=False, soft_wrap=True)
             failures += 1
             continue
         finally:
+            trainer = None
             gc.collect()  # a model is full of cycles, which keep its memory
             if base.device == "cuda":
                 torch.cuda.empty_cache()
@@ -117,6 +122,21 @@ def _configs(study: StudyConfig, base: TrainConfig) -> dict[str, TrainConfig]:
     if not (0 < study.sgd_learning_rate < math.inf):
         raise InputError(f"--sgd-learning-rate must be positive, got {study.sgd_learning_rate}")
     return {name: run.config(base, study.sgd_learning_rate) for name, run in RUNS.items()}
+
+
+def _weights(output: Path, name: str) -> Path:
+    """Returns the file of a run's last weights, which is written where a run starts from them."""
+    return output / f"{name}.pt"
+
+
+def _check_starts(output: Path, wanted: list[str]) -> None:
+    for name in wanted:
+        start = RUNS[name].start
+        if start is not None and start not in wanted and not _weights(output, start).exists():
+            raise InputError(
+                f"--runs: {name} starts from the weights of {start}, and {_weights(output, start)} is not there: "
+                f"name {start} too, and remove {output / start}.json if it is there"
+            )
 
 
 def _check_size(corpus: Corpus, config: TrainConfig) -> None:
@@ -155,14 +175,19 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {**config.pop("model"), **config, "tokens": settings["tokens"], "compiled_body": settings["compiled_body"]}
 
 
-def _train(name: str, config: TrainConfig, corpus: Corpus, compile_body: bool, console: Console) -> dict[str, Any]:
-    """Trains and returns what was measured."""
+def _train(
+    name: str, config: TrainConfig, corpus: Corpus, compile_body: bool, output: Path, console: Console
+) -> tuple[Trainer, dict[str, Any]]:
+    """Trains and returns the trainer and what was measured."""
     torch.compiler.reset()  # what earlier runs compiled counts against a limit, past which nothing is compiled
     with (
         memory_meter(config.device) as meter,
         StepProgress(console, name, config.steps, config.tokens) as progress,
     ):
         trainer = Trainer(config, corpus, meter, compile_body)
+        start = RUNS[name].start
+        if start is not None:
+            trainer.model.load_state_dict(load_checkpoint(_weights(output, start)))
         initial = trainer.model.head_weight.detach().clone()
         _warm_up(trainer)
         nll = trainer.held_out_nll()
@@ -180,7 +205,8 @@ def _train(name: str, config: TrainConfig, corpus: Corpus, compile_body: bool, c
         weight = trainer.model.head_weight.detach()
         norm, drift = (rows.norm(dim=1).cpu().numpy() for rows in (weight, weight - initial))
     counts = np.bincount(corpus.train, minlength=corpus.vocabulary)
-    return {
+    return trainer, {
+        "start": start,
         "vocabulary": corpus.vocabulary,
         "train_tokens": len(corpus.train),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),

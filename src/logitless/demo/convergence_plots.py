@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -18,12 +18,14 @@ from logitless.demo.frequency import DECILES
 from logitless.demo.plots import LIGHT
 from logitless.demo.study import RUNS, pairing
 
-# A colour for each gradient, from Okabe and Ito's palette; seeds differ by their dashes, SGD is dotted, a short run
-# has both.
+# A colour for each gradient, most from Okabe and Ito's palette; seeds differ by their dashes, SGD is dotted, a short
+# run has both.
 EXACT = LIGHT.heads["exact"]
 SAMPLED = {1 / 16: "#e69f00", 1 / 32: "#cc79a7", 1 / 64: LIGHT.heads["sampled"], 1 / 128: "#009e73"}
+FP8 = "#8c564b"
 SECOND_SEED, SHORT = (0, (5, 2)), (0, (5, 1.5, 1, 1.5))
 SGD, SECOND_SGD = (0, (1, 1.2)), (0, (1, 3))
+FIRST_SEEDS = (0, 2)  # of the runs from the start, and of those from trained weights
 SMOOTHED_STEPS = 50
 # The loss falls so fast at first that on an axis with all of it the rest is flat.
 SHOWN_FROM = 0.2
@@ -52,11 +54,9 @@ def draw_figures(results: Results) -> dict[str, bytes]:
     }
     pictures = {}
     with mpl.rc_context(style):
-        if results:
-            pictures["loss"] = _png(_draw_loss(results))
-            pictures["gradient_norm"] = _png(_draw_gradient_norm(results))
-            pictures["rows"] = _png(_draw_rows(results))
-            pictures["deciles"] = _png(_draw_deciles(results))
+        for prefix, kinds in (("", tuple(DRAWN)), ("tuned_", ("loss",))):
+            chosen = {name: result for name, result in results.items() if (RUNS[name].start is None) == (not prefix)}
+            pictures |= {prefix + kind: _png(DRAWN[kind](chosen)) for kind in kinds if chosen}
     return pictures
 
 
@@ -132,6 +132,14 @@ def _draw_rows(results: Results) -> Figure:
     return figure
 
 
+DRAWN: dict[str, Callable[[Results], Figure]] = {
+    "loss": _draw_loss,
+    "gradient_norm": _draw_gradient_norm,
+    "rows": _draw_rows,
+    "deciles": _draw_deciles,
+}
+
+
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(5.4 * count + 1.8, 4.6), layout="constrained")
     return figure, [figure.add_subplot(1, count, place) for place in range(1, count + 1)]
@@ -152,13 +160,13 @@ def _logarithmic(axes: Axes) -> None:
 
 def _line(name: str) -> dict[str, Any]:
     run = RUNS[name]
-    colour = EXACT if run.head == "exact" else SAMPLED[run.threshold]
+    colour = EXACT if run.head == "exact" else SAMPLED[run.threshold] if run.scan == "input" else FP8
     dashes = "solid"
     if run.optimizer == "sgd":
         dashes = SECOND_SGD if run.seed else SGD
-    elif run.share < 1:
+    elif run.share < 1 and run.start is None:
         dashes = SHORT
-    elif run.seed:
+    elif run.seed not in FIRST_SEEDS:
         dashes = SECOND_SEED
     return {"color": colour, "linestyle": dashes, "linewidth": 1.6}
 

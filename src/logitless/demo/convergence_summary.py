@@ -64,7 +64,7 @@ def describe(name: str, results: Results) -> dict[str, Any]:
     return {
         "name": name,
         **{setting: config[setting] for setting in ("head", "optimizer", "learning_rate", "seed", "steps")},
-        "threshold": config["threshold"] if config["head"] == "sampled" else None,
+        **{setting: config[setting] if config["head"] == "sampled" else None for setting in ("threshold", "scan")},
         "held_out_loss": held_out["loss"],
         "standard_error": held_out["standard_error"],
         "step_milliseconds": seconds * 1e3,

@@ -22,7 +22,7 @@ def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, step: int, config:
         weight: `[V, D]`, of the type of `hidden`.
         target: `[N]`, int64.
         step: seeds the sampled gradient, together with the run's seed.
-        config: which head, and its threshold.
+        config: which head, its threshold and its scan.
 
     Returns:
         A float32 scalar.
@@ -34,7 +34,7 @@ def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, step: int, config:
     if config.head == "exact":
         return logitless.linear_cross_entropy(hidden, weight, target)
     generator = torch.Generator(hidden.device).manual_seed(derived_seed(config.seed, GRADIENT_STREAM, step))
-    gradient = logitless.Sampled(threshold=config.threshold, generator=generator)
+    gradient = logitless.Sampled(threshold=config.threshold, generator=generator, scan=config.scan)
     return logitless.linear_cross_entropy(hidden, weight, target, gradient=gradient)
 
 

@@ -128,7 +128,9 @@ def quantise_rows_kernel(
     tl.store(result + columns + lane, left_over if WEIGHT else rounded)
     tl.store(result + columns + LOUD + lane, rounded if WEIGHT else left_over)
     rest = tl.arange(0, PADDING)
-    tl.store(result + columns + 2 * LOUD + rest, tl.zeros((PADDING,), tl.float32).to(tl.float8e4nv), mask=rest < padding)
+    tl.store(
+        result + columns + 2 * LOUD + rest, tl.zeros((PADDING,), tl.float32).to(tl.float8e4nv), mask=rest < padding
+    )
 
 
 SUMMED_ROWS, SUMMED_COLUMNS, SUMMED_SEGMENTS = 32, 128, 64
