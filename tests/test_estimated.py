@@ -6,6 +6,7 @@ Statistical bounds are those of ``test_sampled.py``.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import logitless
 import test_sampled
+from logitless import backends
 from logitless.options import BLOCK
 from logitless.quantisation import LEAST_SCALE, LOUD, left_operand, loud_channels, quantise, right_operand
 from problems import DATA, Problem, generator, make_problem, random_problem, smollm2_problem
@@ -245,6 +247,47 @@ def test_outputs_it_does_not_know(output):
     problem = random_problem(4, 16, 300)
     with pytest.raises(ValueError, match=rf"outputs='{output}' needs every logit in full.*scan='input'"):
         problem.call(logitless.token_statistics, outputs=("nll", output), gradient=estimating(0))
+
+
+@pytest.mark.parametrize("edit", ["in place", "data", "memory", "storage", "optimizer"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_rounded_weight_outlives_its_call(backend, edit):
+    """However a weight is changed between two calls, the second is that of the weight as it is."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("for Triton's interpreter, which takes tensors on the CPU")
+    problem = random_problem(6, 16, 300).to(torch.float32)
+    weight = problem.linear_weight.requires_grad_()
+    loss = partial(problem.call, logitless.linear_cross_entropy, backend=backend)
+    loss(gradient=estimating(0)).backward()
+    if edit == "in place":
+        with torch.no_grad():
+            weight.mul_(-2)
+    elif edit == "data":
+        weight.data.mul_(-2)
+    elif edit == "memory":
+        weight.detach().numpy()[...] *= -2
+    elif edit == "storage":
+        changed = weight.detach().mul(-2)
+        weight.untyped_storage().copy_(changed.untyped_storage())
+    else:
+        torch.optim.SGD([weight], lr=5.0).step()
+    fresh = replace(problem, linear_weight=weight.detach().clone().requires_grad_())
+    expected = fresh.call(logitless.linear_cross_entropy, backend=backend, gradient=estimating(1))
+    assert torch.equal(loss(gradient=estimating(1)), expected)
+
+
+def test_without_matrix_units_it_says_so(monkeypatch):
+    """On a GPU nothing is rounded to eight bits to be multiplied in fp32, unless the torch backend is named."""
+    sizes = {"tokens": 256, "hidden": 64, "vocabulary": 1000, "dtype": torch.float16, "device": "cuda"}
+    triton = backends.load("triton") if importlib.util.find_spec("triton") else None
+    if triton is not None:
+        monkeypatch.setattr(triton.tiles, "multiplies_eight_bits", lambda index: False)
+    with pytest.raises(ValueError, match=r"Sampled\(scan='fp8'\) saves time only in the triton.*use scan='input'"):
+        logitless.plan(**sizes, gradient=estimating(0))
+    plan = logitless.plan(**sizes, gradient=estimating(0), backend="torch")
+    assert plan.backend == "torch"
 
 
 def test_statistics():

@@ -152,17 +152,23 @@ def choose_backend(name: str, shape: Shape) -> str:
     """The backend to use: the named one if it can, else an error with its reason."""
     validation.check_backend(name)
     if name == "auto":
-        return "triton" if shape.device_type == "cuda" and _triton_serves(shape) else "torch"
+        reason = _triton_refuses(shape) if shape.device_type == "cuda" else "it is for CUDA devices"
+        if reason is not None and shape.estimated and shape.device_type == "cuda":
+            raise ValueError(
+                f"gradient=Sampled(scan='fp8') saves time only in the triton backend, which cannot serve this call: "
+                f"{reason}; use scan='input', or backend='torch', which rounds like it and multiplies in fp32"
+            )
+        return "triton" if reason is None else "torch"
     reason = backends.load(name).unsupported(shape)
     if reason is not None:
         raise ValueError(f"backend={name!r} cannot serve this call: {reason}; use backend='auto'")
     return name
 
 
-def _triton_serves(shape: Shape) -> bool:
+def _triton_refuses(shape: Shape) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return False
-    return backends.load("triton").unsupported(shape) is None
+        return "triton is not installed"
+    return backends.load("triton").unsupported(shape)
 
 
 def default_budget(shape: Shape) -> int:

@@ -64,6 +64,11 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, opt
         gradient = logitless.Sampled(1 / 8)
         logitless.linear_cross_entropy(hidden, weight, target, backend="triton", gradient=gradient, **given).backward()
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.get_device_capability() >= (8, 9):
+        for left_out in ("softcap", "label_smoothing"):  # which that scan does not take together
+            given = {name: value for name, value in options.items() if name != left_out}
+            gradient = logitless.Sampled(1 / 8, scan="fp8")
+            logitless.linear_cross_entropy(hidden, weight, target, gradient=gradient, **given).backward()
 
 
 def recompute(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor) -> None:

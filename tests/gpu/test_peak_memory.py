@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 import torch
 
 import logitless
 from logitless import planning
-from logitless.options import FLOAT_OUTPUTS, TOKEN_OUTPUTS
+from logitless.options import FLOAT_OUTPUTS, TOKEN_OUTPUTS, Scan
 from on_gpu import DEVICE, NEEDS_GPU, Inputs, busy_options, forced, make_inputs
 
 pytestmark = NEEDS_GPU
@@ -53,6 +54,11 @@ class Scenario:
     layout: str = "rows"
     main_grad: bool = False
     threshold: float | None = None
+    scan: Scan = "input"
+
+    @property
+    def gradient(self) -> Literal["exact"] | logitless.Sampled:
+        return "exact" if self.threshold is None else logitless.Sampled(self.threshold, scan=self.scan)
 
     def __str__(self) -> str:
         changed = [
@@ -128,6 +134,10 @@ TRAINING = [
     Scenario(65_536, 512, 32_768, threshold=1 / 64, frozen=("weight",)),
     Scenario(8192, 2048, 65_536, threshold=1 / 64, frozen=("hidden",)),
     Scenario(65_536, 1024, 65_536, threshold=1 / 64, main_grad=True),
+    Scenario(8192, 2048, 65_536, threshold=1 / 64, scan="fp8"),
+    Scenario(8192, 2048, 65_536, torch.float32, threshold=1 / 16, scan="fp8", reduction="none"),
+    Scenario(65_536, 512, 32_768, threshold=1 / 64, scan="fp8", frozen=("weight",)),
+    Scenario(4096, 2048, 131_072, threshold=1 / 64, scan="fp8", frozen=("hidden",)),
 ]
 
 # What ``plan`` has no argument for; the plan is the call's own.
@@ -147,7 +157,7 @@ def peak_of(scenario: Scenario) -> int:
     inputs = scenario.inputs()
     options: dict = busy_options(inputs) if scenario.busy else {}
     options |= {"workspace": scenario.workspace, "reduction": scenario.reduction, "backend": "triton"}
-    options["gradient"] = "exact" if scenario.threshold is None else logitless.Sampled(scenario.threshold)
+    options["gradient"] = scenario.gradient
     if scenario.main_grad:
         options["main_grad"] = torch.zeros(inputs.weight.shape, device=DEVICE)
     upstream = torch.ones(scenario.tokens if scenario.reduction == "none" else (), device=DEVICE)
@@ -179,7 +189,7 @@ def test_peak_of_a_step(scenario, plans):
         frozen_input="hidden" in scenario.frozen,
         workspace=scenario.workspace,
         main_grad=scenario.main_grad,
-        gradient="exact" if scenario.threshold is None else logitless.Sampled(scenario.threshold),
+        gradient=scenario.gradient,
     )
     assert plan == plans[0], "the call was planned otherwise"
     check_peak(measured, plan)

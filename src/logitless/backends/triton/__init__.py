@@ -15,7 +15,7 @@ from logitless.backends.contract import (
     TensorForm,
 )
 from logitless.backends.triton import dense, prepared, sampled, selection, tiles
-from logitless.backends.triton.memory import blocks
+from logitless.backends.triton.memory import blocks, index_of
 from logitless.backends.triton.memory import cost as cost
 from logitless.backends.triton.memory import window_multiple as window_multiple
 from logitless.backends.triton.memory import workspace as workspace
@@ -37,6 +37,8 @@ def unsupported(shape: Shape) -> str | None:
         return f"it computes in bf16, fp16 and fp32, not in {str(shape.compute_dtype).removeprefix('torch.')}"
     if shape.compute_dtype == torch.bfloat16 and tiles.interpreted():
         return "Triton's interpreter misreads bf16 operands"
+    if shape.estimated and not tiles.multiplies_eight_bits(index_of(shape)):
+        return "the device has no matrix units for Sampled(scan='fp8'), which come with compute capability 8.9"
     if shape.estimated and shape.softcapped and "smooth_logit" in shape.statistics:
         return "under a softcap it smooths labels only with Sampled(scan='input')"
     if shape.hidden % HIDDEN_MULTIPLE:

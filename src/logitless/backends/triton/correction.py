@@ -140,8 +140,8 @@ def kept_gradient_kernel(
 ):
     """``dz = weight a p - c [v = target]`` of every pair, times the cap's derivative.
 
-    Grid: ``programs`` persistent programs, each a walk over tiles. Precision: fp32, rounded once. Under a cap a logit is
-    the logarithm of its probability; where that is 0, so is its gradient, but for the target's. Deterministic.
+    Grid: ``programs`` persistent programs, each a walk over tiles. Precision: fp32, rounded once. Under a cap a logit
+    is the logarithm of its probability; where that is 0, so is its gradient, but for the target's. Deterministic.
     """
     for tile in tl.range(tl.program_id(0), tl.load(tile_starts + blocks), programs):  # pyright: ignore
         block, place, valid = pairs_of_tile(tile, starts, tile_starts, tile_blocks, TILE)  # pyright: ignore

@@ -26,15 +26,16 @@ SLACK = 1 << 16
 
 def blocks(shape: Shape) -> int:
     """Rows of the table of block sums."""
-    return ceil_div(shape.vocabulary, table_block(shape, _index(shape)))
+    return ceil_div(shape.vocabulary, table_block(shape, index_of(shape)))
 
 
 def window_multiple(shape: Shape) -> int:
     """Columns of a tile, which windows are multiples of."""
-    return tiles.tile("scan", shape.compute_dtype.itemsize, _index(shape)).columns
+    return tiles.tile("scan", shape.compute_dtype.itemsize, index_of(shape)).columns
 
 
-def _index(shape: Shape) -> int | None:
+def index_of(shape: Shape) -> int | None:
+    """Index of the CUDA device that a problem is on, None for the interpreter's."""
     return torch.cuda.current_device() if shape.device_type == "cuda" and torch.cuda.is_available() else None
 
 
@@ -150,7 +151,7 @@ def _sampled(shape: Shape, schedule: Schedule) -> int:
         if selection.mixed(shape):  # the smoothing in fp64, its magnitude and its sums over blocks
             smooth += 20 * shape.vocabulary
     forward = _tables(shape, rows) + _hidden(shape, rows) + selection.workspace(shape, rows)
-    tile = tiles.tile("pairs", shape.compute_dtype.itemsize, _index(shape)).rows
+    tile = tiles.tile("pairs", shape.compute_dtype.itemsize, index_of(shape)).rows
     tile_lists = 4 * (starts[0] + sampled.most_tiles(shape, pairs[0], tile)) + _hidden_cast(shape)
     if shape.estimated:
         slots = shape.tokens * selection.slots(shape)
@@ -204,9 +205,9 @@ RATES = {
 
 def cost(shape: Shape, schedule: Schedule) -> float:
     """Seconds that a schedule takes, roughly."""
-    rates = RATES[tiles.generation(_index(shape))]
-    tile = tiles.tile("scan", shape.compute_dtype.itemsize, _index(shape))
-    processors = tiles.processors(_index(shape))
+    rates = RATES[tiles.generation(index_of(shape))]
+    tile = tiles.tile("scan", shape.compute_dtype.itemsize, index_of(shape))
+    processors = tiles.processors(index_of(shape))
     n, d, v = shape.tokens, shape.hidden, shape.vocabulary
     column = 2 * n * d / rates.products[shape.compute_dtype.itemsize]  # one column of logits
 

@@ -62,7 +62,7 @@ def tanh(u):
 
 @triton.jit
 def logits(products, bias, first, vocabulary, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """[R, U] products to logits in units of log 2: scale (or [R, 1] scales), bias, cap. ``first`` is the first column."""
+    """[R, U] products to logits in units of log 2: scale or [R, 1] scales, bias, cap; ``first`` is the first column."""
     if BIAS:
         columns = first + tl.arange(0, products.shape[1])
         shift = tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)

@@ -112,6 +112,12 @@ def generation(index: int | None) -> str:
 
 
 @functools.lru_cache
+def multiplies_eight_bits(index: int | None) -> bool:
+    """Whether a device has matrix units for e4m3 operands; the interpreter multiplies anything."""
+    return index is None or torch.cuda.get_device_capability(index) >= (8, 9)
+
+
+@functools.lru_cache
 def processors(index: int | None) -> int:
     """How many persistent programs fill the device."""
     return INTERPRETER_PROGRAMS if index is None else torch.cuda.get_device_properties(index).multi_processor_count
