@@ -40,9 +40,10 @@ class Sampled:
     Attributes:
         threshold: softmax mass from which a block is always kept, in (0, 1]. Smaller is more exact and slower.
         scan: precision of the product that finds the mass. ``"input"``: that of the inputs, and the loss is exact.
-            ``"fp8"``: operands in eight bits, in half the time on devices with matrix units for them; what the blocks
-            that are kept say in full precision corrects the log-sum-exp, so that the loss becomes an estimate, with an
-            error below that of bf16 logits. Not with entropy, prediction or target rank.
+            ``"fp8"``: operands in eight bits, in 0.6 of the time on devices with matrix units for them, and the weight
+            in eight bits beside it during the forward pass; what the blocks that are kept say in full precision
+            corrects the log-sum-exp, so that the loss becomes an estimate, with an error below that of bf16 logits.
+            Not with entropy, prediction or target rank.
         generator: source of the random offsets, on the CPU or on the device of the input; None for PyTorch's default
             generator of the input's device. The same seed gives the same gradient.
     """
