@@ -26,7 +26,7 @@ from problems import Problem
 from tolerance import loss_and_gradients, loss_baseline
 
 pytestmark = [
-    NEEDS_GPU,
+    *NEEDS_GPU,
     pytest.mark.skipif(
         torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no matrix units for e4m3"
     ),
