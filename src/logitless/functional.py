@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
-from logitless import compiled, operators, planning, schedules, validation
+from logitless import compiled, operators, planning, schedules, sharding, validation
 from logitless.backends.contract import Shape
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import Backend, FloatOutput, HeadOptions, IntegerOutput, LossOptions, Reduction, Sampled
@@ -59,7 +60,8 @@ def linear_cross_entropy(
     gradient: str | Sampled = "exact",
     workspace: int | str | None = None,
     backend: Backend = "auto",
-    group: Any = None,
+    group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     main_grad: torch.Tensor | None = None,  # [V, D]
 ) -> torch.Tensor:
     """Cross-entropy of ``linear(input, linear_weight, linear_bias)`` and ``target``, without the logits.
@@ -98,7 +100,15 @@ def linear_cross_entropy(
             fits it. See ``plan``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. A named backend runs or raises; ``"auto"``
             takes ``"triton"`` on CUDA devices where it can, else ``"torch"``.
-        group: process group over which the vocabulary is sharded; not supported yet.
+        group: process group over which the vocabulary is sharded: ``linear_weight``, ``linear_bias``, ``weight`` and
+            ``main_grad`` hold this rank's rows, consecutive in rank order, any number of them. ``input``, ``target``
+            and all else are the same on every rank, and so is what comes back, bit for bit; gradients are this rank's
+            rows, and the whole one of ``input``. One collective forward and one backward, in fp32; one more forward
+            with ``weight``. All ranks must make the same call: if they do not, all raise.
+        sequence_parallel: whether ``input`` too is sharded over ``group``: this rank's tokens, consecutive in rank
+            order; ``target`` is that of all. One all-gather more forward, and a reduce-scatter backward. The hidden
+            states of all ranks are kept for the backward pass unless ``workspace`` is too small; then they are gathered
+            again.
         main_grad: fp32 [V, D], e.g. ``lm_head.weight.main_grad``: the weight's gradient is added there in the backward
             pass, without a tensor of its own, and ``linear_weight.grad`` stays as it is.
 
@@ -109,29 +119,61 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument of the wrong type, or a tensor of the wrong kind of dtype.
         ValueError: shapes that do not fit, tensors on different devices, numbers out of bounds, unknown names, a target
-            outside [0, V) on the CPU, or a workspace too small (the message says the smallest that works).
+            outside [0, V) on the CPU, a workspace too small (the message says the smallest that works), or ranks of a
+            group that do not make the same call.
         RuntimeError: from a second differentiation.
 
     The method: arXiv 2511.17599, with the strategies and the sampled gradient of ``docs/design.md``.
     """
-    validation.check_group(group)
-    validation.check_head(input, linear_weight, target, linear_bias)
-    validation.check_reduction(reduction)
-    validation.check_index("ignore_index", ignore_index)
-    validation.check_number("label_smoothing", label_smoothing, least=0, most=1)
-    validation.check_number("z_loss", z_loss, least=0)
-    validation.check_normalizer(normalizer, reduction, input)
-    vocabulary = linear_weight.shape[0]
-    if weight is not None:
-        validation.check_weighting("weight", weight, input, (vocabulary,), "one for each row of linear_weight")
-    if token_weight is not None:
-        validation.check_weighting("token_weight", token_weight, input, tuple(target.shape), "the shape of target")
+    validation.check_group(group, sequence_parallel)
+    with sharding.meeting(group) as meeting:
+        sampled = validation.check_gradient(gradient)
+        head = _checked_head(
+            input, linear_weight, target, linear_bias, main_grad, softcap, logit_scale, group, sequence_parallel
+        )
+        validation.check_scan(sampled, (), sharded=group is not None)
+        validation.check_reduction(reduction)
+        validation.check_index("ignore_index", ignore_index)
+        validation.check_number("label_smoothing", label_smoothing, least=0, most=1)
+        validation.check_number("z_loss", z_loss, least=0)
+        validation.check_normalizer(normalizer, reduction, input)
+        if weight is not None:
+            own = (linear_weight.shape[0],)
+            validation.check_weighting("weight", weight, input, own, "one for each row of linear_weight")
+        if token_weight is not None:
+            validation.check_weighting("token_weight", token_weight, input, tuple(target.shape), "the shape of target")
+        budget = validation.check_workspace(workspace)
+        validation.check_backend(backend)
+        call = _CallOptions(head, sampled, budget, backend, main_grad)
+        layout = None
+        if meeting is not None:
+            layout = _meet(
+                meeting,
+                input,
+                linear_weight,
+                target,
+                linear_bias,
+                call,
+                sequence_parallel,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                normalizer="a tensor" if isinstance(normalizer, torch.Tensor) else normalizer,
+                weight="None" if weight is None else str(weight.dtype),
+                token_weight="None" if token_weight is None else str(token_weight.dtype),
+            )
+    vocabulary = linear_weight.shape[0] if layout is None else layout.vocabulary
     options = LossOptions(reduction, ignore_index, label_smoothing, z_loss)
     tokens = _Tokens.of(target, vocabulary, ignore_index)
     dtype = _statistics_dtype(_compute_dtype(input, linear_weight))
 
     class_weight = None if weight is None else weight.to(dtype)
-    row_weight = None if class_weight is None else class_weight[tokens.target]
+    row_weight = total = None
+    if class_weight is not None and layout is not None:
+        row_weight, total = layout.class_weights(class_weight, tokens.target)
+    elif class_weight is not None:
+        row_weight = class_weight[tokens.target]
     scale = tokens.counted.to(dtype)
     if reduction == "mean":
         scale = scale * _inverse_normalizer(normalizer, scale if row_weight is None else scale * row_weight)
@@ -140,20 +182,11 @@ def linear_cross_entropy(
     smoothing: torch.Tensor | float | None = None
     if label_smoothing:
         smoothing = 1 / vocabulary if class_weight is None else class_weight / vocabulary
-    mass = smoothing.sum() if isinstance(smoothing, torch.Tensor) else 1.0
-    (loss,) = _evaluate(
-        input,
-        linear_weight,
-        linear_bias,
-        tokens,
-        LossObjective(options, scale, row_weight, mass),
-        HeadOptions(logit_scale, softcap),
-        smoothing,
-        gradient=gradient,
-        workspace=workspace,
-        backend=backend,
-        main_grad=main_grad,
-    )
+    mass: torch.Tensor | float = 1.0
+    if isinstance(smoothing, torch.Tensor):
+        mass = smoothing.sum() if total is None else total / vocabulary
+    objective = LossObjective(options, scale, row_weight, mass)
+    (loss,) = _evaluate(input, linear_weight, linear_bias, tokens, objective, smoothing, call, layout)
     return loss if reduction != "none" else loss.view(target.shape)
 
 
@@ -170,7 +203,8 @@ def token_statistics(
     gradient: str | Sampled = "exact",
     workspace: int | str | None = None,
     backend: Backend = "auto",
-    group: Any = None,
+    group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     main_grad: torch.Tensor | None = None,  # [V, D]
 ) -> TokenStatistics:
     """Per-token statistics of a language model's head, without the logits, from one pass.
@@ -190,7 +224,8 @@ def token_statistics(
         gradient: ``"exact"`` or ``Sampled(...)``; the statistics are exact either way.
         workspace: as in ``linear_cross_entropy``.
         backend: as in ``linear_cross_entropy``.
-        group: as in ``linear_cross_entropy``.
+        group: as in ``linear_cross_entropy``; ``target_rank`` takes one collective more forward.
+        sequence_parallel: as in ``linear_cross_entropy``.
         main_grad: as in ``linear_cross_entropy``.
 
     Returns:
@@ -199,26 +234,35 @@ def token_statistics(
     Raises:
         TypeError, ValueError, RuntimeError: as ``linear_cross_entropy``.
     """
-    validation.check_group(group)
-    validation.check_head(input, linear_weight, target, linear_bias)
-    names = validation.check_outputs(outputs)
-    validation.check_scan(validation.check_gradient(gradient), names)
-    validation.check_index("ignore_index", ignore_index)
-    tokens = _Tokens.of(target, linear_weight.shape[0], ignore_index)
+    validation.check_group(group, sequence_parallel)
+    with sharding.meeting(group) as meeting:
+        sampled = validation.check_gradient(gradient)
+        head = _checked_head(
+            input, linear_weight, target, linear_bias, main_grad, softcap, logit_scale, group, sequence_parallel
+        )
+        names = validation.check_outputs(outputs)
+        validation.check_scan(sampled, names, sharded=group is not None)
+        validation.check_index("ignore_index", ignore_index)
+        budget = validation.check_workspace(workspace)
+        validation.check_backend(backend)
+        call = _CallOptions(head, sampled, budget, backend, main_grad)
+        layout = None
+        if meeting is not None:
+            layout = _meet(
+                meeting,
+                input,
+                linear_weight,
+                target,
+                linear_bias,
+                call,
+                sequence_parallel,
+                outputs=list(names),
+                ignore_index=ignore_index,
+            )
+    tokens = _Tokens.of(target, linear_weight.shape[0] if layout is None else layout.vocabulary, ignore_index)
     dtype = _statistics_dtype(_compute_dtype(input, linear_weight))
-    values = _evaluate(
-        input,
-        linear_weight,
-        linear_bias,
-        tokens,
-        StatisticsObjective(names, tokens.counted.to(dtype)),
-        HeadOptions(logit_scale, softcap),
-        None,
-        gradient=gradient,
-        workspace=workspace,
-        backend=backend,
-        main_grad=main_grad,
-    )
+    objective = StatisticsObjective(names, tokens.counted.to(dtype))
+    values = _evaluate(input, linear_weight, linear_bias, tokens, objective, None, call, layout)
     return TokenStatistics(**{name: value.view(target.shape) for name, value in zip(names, values, strict=True)})
 
 
@@ -312,37 +356,121 @@ def _statistics_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True)
+class _CallOptions:
+    """What says how a call is computed, checked.
+
+    Attributes:
+        head: scale and cap of the logits.
+        sampled: the sampled gradient, None for the exact one.
+        workspace: bytes, or None.
+        backend: the name asked for.
+        main_grad: where the weight's gradient is added, or None.
+    """
+
+    head: HeadOptions
+    sampled: Sampled | None
+    workspace: int | None
+    backend: str
+    main_grad: torch.Tensor | None
+
+
+def _checked_head(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor,
+    linear_bias: torch.Tensor | None,
+    main_grad: torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    group: ProcessGroup | None,
+    sequence_parallel: bool,
+) -> HeadOptions:
+    """Check what every call has; a shard may be empty, and its rows need not be those of the target."""
+    least = 1 if group is None else 0
+    validation.check_head(
+        input, linear_weight, target, linear_bias, least_vocabulary=least, sharded_rows=sequence_parallel
+    )
+    if softcap is not None:
+        validation.check_number("softcap", softcap, above=0)
+    validation.check_number("logit_scale", logit_scale)
+    if main_grad is not None:
+        validation.check_main_grad(main_grad, linear_weight)
+    return HeadOptions(logit_scale, softcap)
+
+
+def _meet(
+    meeting: sharding.Meeting,
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor,
+    linear_bias: torch.Tensor | None,
+    call: _CallOptions,
+    sequence_parallel: bool,
+    **options: Any,
+) -> sharding.Layout:
+    """Tell the other ranks what this call is, and hear who has what."""
+    rows, sampled = input.numel() // input.shape[-1], call.sampled
+    facts = {
+        "vocabulary": linear_weight.shape[0],
+        "rows": rows,
+        "tokens": list(target.shape),
+        "hidden": input.shape[-1],
+        "dtype of input": str(input.dtype),
+        "dtype of linear_weight": str(linear_weight.dtype),
+        "linear_bias": "None" if linear_bias is None else str(linear_bias.dtype),
+        "compute dtype": str(_compute_dtype(input, linear_weight)),
+        "gradients of input, linear_weight, linear_bias": list(_wanted(input, linear_weight, linear_bias)),
+        "main_grad": call.main_grad is not None,
+        "softcap": call.head.softcap,
+        "logit_scale": call.head.logit_scale,
+        "gradient": "exact" if sampled is None else f"sampled, threshold {sampled.threshold}",
+        "workspace": call.workspace,
+        "backend": call.backend,
+        "sequence_parallel": sequence_parallel,
+        "strategy": str(schedules.forced()),
+        **options,
+    }
+    everyone = meeting.meet(facts)
+    sizes, all_rows = (tuple(int(theirs[name]) for theirs in everyone) for name in ("vocabulary", "rows"))
+    if sum(sizes) == 0:
+        raise ValueError("linear_weight must have rows on some rank of group, got none on any")
+    if sequence_parallel and sum(all_rows) != target.numel():
+        raise ValueError(
+            f"target must hold the {sum(all_rows)} tokens whose hidden states the ranks of group have "
+            f"({', '.join(map(str, all_rows))}), got {target.numel()}"
+        )
+    assert meeting.group.rank() < len(sizes)
+    return sharding.Layout(meeting.group, meeting.group.rank(), sizes, all_rows if sequence_parallel else None)
+
+
+def _wanted(
+    input: torch.Tensor, linear_weight: torch.Tensor, linear_bias: torch.Tensor | None
+) -> tuple[bool, bool, bool]:
+    """Whether the gradients of hidden states, weight and bias are wanted."""
+    recording = torch.is_grad_enabled()
+    return (
+        recording and input.requires_grad,
+        recording and linear_weight.requires_grad,
+        recording and linear_bias is not None and linear_bias.requires_grad,
+    )
+
+
 def _evaluate(
     input: torch.Tensor,
     linear_weight: torch.Tensor,
     linear_bias: torch.Tensor | None,
     tokens: _Tokens,
     objective: LossObjective | StatisticsObjective,
-    head: HeadOptions,
     smoothing: torch.Tensor | float | None,
-    *,
-    gradient: str | Sampled,
-    workspace: int | str | None,
-    backend: str,
-    main_grad: torch.Tensor | None,
+    options: _CallOptions,
+    layout: sharding.Layout | None,
 ) -> tuple[torch.Tensor, ...]:
     """Plan the call and make it."""
-    if head.softcap is not None:
-        validation.check_number("softcap", head.softcap, above=0)
-    validation.check_number("logit_scale", head.logit_scale)
-    sampled = validation.check_gradient(gradient)
-    budget = validation.check_workspace(workspace)
-    if main_grad is not None:
-        validation.check_main_grad(main_grad, linear_weight)
     hidden = input.reshape(-1, input.shape[-1])
-    recording = torch.is_grad_enabled()
-    if not (recording and linear_weight.requires_grad):
-        main_grad = None
-    wants = (
-        recording and hidden.requires_grad,
-        recording and linear_weight.requires_grad,
-        recording and linear_bias is not None and linear_bias.requires_grad,
-    )
+    wants = _wanted(hidden, linear_weight, linear_bias)
+    main_grad = options.main_grad if wants[1] else None
+    sampled, head = options.sampled, options.head
     compute_dtype = _compute_dtype(input, linear_weight)
     offsets = None
     if sampled is not None and any(wants):
@@ -352,11 +480,15 @@ def _evaluate(
         if main_grad is not None:
             raise NotImplementedError("main_grad is not supported under torch.compile; call this loss outside of it")
         settings = compiled.Settings(
-            backend, budget, head, threshold, scan, compute_dtype, wants, schedules.forced()
+            options.backend, options.workspace, head, threshold, scan, compute_dtype, wants, schedules.forced()
         )  # fmt: skip
         return compiled.apply(
             hidden, linear_weight, linear_bias, tokens.target, tokens.mask, objective, smoothing, offsets, settings
         )
+    target, shard = tokens.target, None
+    if layout is not None:
+        target, has_target = layout.own(target)
+        shard = sharding.Shard(layout, has_target)
     shape = Shape.of(
         hidden,
         linear_weight,
@@ -373,12 +505,13 @@ def _evaluate(
         compacted=tokens.rows is not None or not hidden.is_contiguous(),
         main_grad=main_grad is not None,
         functional=False,
+        sharded=layout is not None,
     )
-    name = planning.choose_backend(backend, shape)
+    plan = _plan(shape, objective.scalar, options, layout)
     call = operators.Call(
         shape=shape,
-        plan=planning.choose(shape, name, objective.scalar, budget, schedules.forced()),
-        target=tokens.target,
+        plan=plan,
+        target=target,
         rows=tokens.rows,
         total_rows=tokens.total,
         head=head,
@@ -387,8 +520,32 @@ def _evaluate(
         smoothing=smoothing,
         main_grad=main_grad,
         offsets=offsets,
+        shard=shard,
+        gathers_again=layout is not None and _gathers_again(shape, plan, layout, options.workspace),
     )
     return operators.apply(hidden, linear_weight, linear_bias, call)
+
+
+def _gathers_again(shape: Shape, plan: planning.Plan, layout: sharding.Layout, workspace: int | None) -> bool:
+    """Whether the hidden states of all ranks do not fit the workspace beside what the plan holds."""
+    if layout.rows is None or workspace is None:
+        return False
+    return plan.workspace + sum(layout.rows) * shape.hidden * shape.hidden_dtype.itemsize > workspace
+
+
+def _plan(shape: Shape, scalar: bool, options: _CallOptions, layout: sharding.Layout | None) -> planning.Plan:
+    """The plan of a call; of a shard's, all ranks learn if one cannot keep to the workspace that was asked for."""
+    if layout is None:
+        name = planning.choose_backend(options.backend, shape)
+        return planning.choose(shape, name, scalar, options.workspace, schedules.forced())
+    bounded = options.workspace is not None or schedules.forced() is not None or options.backend != "auto"
+    with sharding.meeting(layout.group if bounded else None) as meeting:
+        name = planning.choose_backend(options.backend, shape)
+        widest = max(layout.sizes)
+        plan = planning.choose_shard(shape, widest, name, scalar, options.workspace, schedules.forced())
+        if meeting is not None:
+            meeting.meet({})
+    return plan
 
 
 def _offsets(tokens: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:

@@ -8,16 +8,17 @@ through a retained graph computes them again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from logitless import backends
-from logitless.backends.contract import Gradients, Problem, Shape, Statistics
+from logitless.backends.contract import Gradients, Problem, Schedule, Shape, Statistics
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import HeadOptions
 from logitless.planning import Plan
+from logitless.sharding import Merging, Shard, of_target
 
 SECOND_ORDER = (
     "logitless: second derivatives are not supported: the backward pass of this operator cannot be differentiated "
@@ -42,6 +43,8 @@ class Call:
         smoothing: as in ``Problem``.
         main_grad: as in ``Problem``.
         offsets: as in ``Problem``.
+        shard: this rank's part, where the vocabulary is in shards.
+        gathers_again: whether hidden states that are sharded too are gathered anew for the backward pass.
     """
 
     shape: Shape
@@ -55,8 +58,12 @@ class Call:
     smoothing: torch.Tensor | float | None
     main_grad: torch.Tensor | None
     offsets: torch.Tensor | None
+    shard: Shard | None = None
+    gathers_again: bool = False
 
-    def problem(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Problem:
+    def problem(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, merge: Merging | None = None
+    ) -> Problem:
         """The problem of the rows that count, packed."""
         packed = hidden if self.rows is None else hidden.index_select(0, self.rows)
         if self.counted is not None and not backends.load(self.plan.backend).SKIPS_ROWS:
@@ -72,6 +79,7 @@ class Call:
             smoothing=self.smoothing,
             main_grad=self.main_grad,
             offsets=self.offsets,
+            merge=merge,
         )
 
     def spread(self, packed: torch.Tensor, fill: int = 0) -> torch.Tensor:
@@ -97,22 +105,79 @@ def evaluate(
 ) -> tuple[tuple[torch.Tensor, ...], Statistics, Gradients | None]:
     """Outputs, statistics, and under the chunked strategy the gradients of a scalar output for an upstream one of 1."""
     schedule, backend, objective = call.plan.schedule, backends.load(call.plan.backend), call.objective
-    prepared = None
+    prepared, shard = None, call.shard
+    merge = None if shard is None else Merging(shard)
     with torch.autocast(hidden.device.type, enabled=False):
-        problem = call.problem(hidden, weight, bias)
+        problem = call.problem(hidden, weight, bias, merge)
         ahead = None
         if schedule.strategy == "chunked" or schedule.prepared:
             assert isinstance(objective, LossObjective)
             ahead = objective.ahead()
-        if schedule.strategy == "chunked":
+            if shard is not None:
+                ahead = replace(ahead, c=shard.of_own_targets(ahead.c))
+        if shard is not None:
+            problem = replace(problem, shape=replace(call.shape, statistics=call.shape.statistics - {"target_rank"}))
+        if call.shape.vocabulary == 0:
+            statistics = _nothing_seen(problem, schedule)
+        elif schedule.strategy == "chunked":
             assert ahead is not None
             statistics, prepared = backend.forward_with_gradients(problem, schedule, ahead)
         else:
             statistics = backend.forward(problem, schedule, ahead)
-        outputs = objective.outputs(statistics)
+        whole = statistics
+        if merge is not None:
+            whole = merge.whole(statistics)
+            if "target_rank" in call.shape.statistics:
+                whole = replace(whole, target_rank=_rank_in_whole(call, problem, whole))
+            statistics = of_target(whole, statistics)
+        outputs = objective.outputs(whole)
     if not objective.scalar:
         outputs = tuple(call.spread(o, 0 if o.is_floating_point() else -1) for o in outputs)
     return outputs, statistics, prepared
+
+
+def _nothing_seen(problem: Problem, schedule: Schedule) -> Statistics:
+    """Statistics of an empty shard; its ranks come to the collectives of the others."""
+    shape, wanted, device = problem.shape, problem.shape.statistics, problem.hidden.device
+
+    def of(rows: int) -> Statistics:
+        zero = torch.zeros(rows, dtype=shape.statistics_dtype, device=device)
+        return Statistics(
+            logsumexp=torch.full_like(zero, -torch.inf),
+            target_logit=zero,
+            mean_logit=zero if "mean_logit" in wanted else None,
+            smooth_logit=zero if "smooth_logit" in wanted else None,
+            prediction=zero.long() if "prediction" in wanted else None,
+            peak_logit=torch.full_like(zero, -torch.inf) if "prediction" in wanted else None,
+        )
+
+    if schedule.strategy in ("chunked", "sampled"):
+        assert problem.merge is not None
+        for start in range(0, shape.tokens, schedule.rows):
+            rows = slice(start, min(start + schedule.rows, shape.tokens))
+            problem.merge(of(rows.stop - rows.start), rows)()
+    return of(shape.tokens)
+
+
+def _rank_in_whole(call: Call, problem: Problem, whole: Statistics) -> torch.Tensor:
+    """[N] how many logits of all shards are above the target's: a second pass, and an all-reduce."""
+    assert call.shard is not None
+    count = torch.zeros_like(whole.logsumexp, dtype=torch.int64)
+    if call.shape.vocabulary:
+        plain = replace(
+            call.shape,
+            statistics=frozenset({"target_rank"}),
+            threshold=None,
+            hidden_gradient=False,
+            weight_gradient=False,
+            bias_gradient=False,
+        )
+        schedule = Schedule("loss_only", call.plan.schedule.rows, call.shape.vocabulary)
+        ranked = replace(problem, shape=plain, merge=None, rank_above=whole.target_logit, smoothing=None)
+        counted = backends.load(call.plan.backend).forward(ranked, schedule, None).target_rank
+        assert counted is not None
+        count = counted
+    return call.shard.layout.counted(count)
 
 
 def differentiate(
@@ -131,7 +196,23 @@ def differentiate(
             assert grad is not None
             return backend.finish(problem, call.plan.schedule, statistics, grad)
         coefficients = call.objective.coefficients(statistics, _packed(call, upstream))
+        if call.shape.vocabulary == 0:
+            return _no_gradients(problem)
+        if call.shard is not None:
+            coefficients = replace(coefficients, c=call.shard.of_own_targets(coefficients.c))
         return backend.backward(problem, call.plan.schedule, statistics, coefficients)
+
+
+def _no_gradients(problem: Problem) -> Gradients:
+    """Of an empty shard."""
+    shape, dtype = problem.shape, problem.shape.statistics_dtype
+    return Gradients(
+        hidden=torch.zeros(problem.hidden.shape, dtype=dtype, device=problem.hidden.device)
+        if shape.hidden_gradient
+        else None,
+        weight=torch.zeros_like(problem.weight, dtype=dtype) if shape.weight_gradient else None,
+        bias=None if not shape.bias_gradient or problem.bias is None else torch.zeros_like(problem.bias, dtype=dtype),
+    )
 
 
 class _LinearHead(torch.autograd.Function):
@@ -139,9 +220,10 @@ class _LinearHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call
     ) -> tuple[torch.Tensor, ...]:
-        outputs, ctx.statistics, ctx.prepared = evaluate(call, hidden, weight, bias)
+        gathered = hidden if call.shard is None else call.shard.layout.gathered(hidden)
+        outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias)
         ctx.call = call
-        ctx.save_for_backward(hidden, weight, bias)
+        ctx.save_for_backward(hidden if call.gathers_again else gathered, weight, bias)
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         ctx.set_materialize_grads(False)
         return outputs
@@ -150,6 +232,8 @@ class _LinearHead(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         with torch.no_grad():
+            if ctx.call.gathers_again:
+                hidden = ctx.call.shard.layout.gathered(hidden)
             gradients = _gradients(ctx, hidden, weight, bias, upstream)
         if torch.is_grad_enabled():  # create_graph=True
             connected = [t for t in (hidden, weight, bias, *upstream) if t is not None and t.requires_grad]
@@ -177,9 +261,15 @@ def _gradients(
         gradients = differentiate(call, hidden, weight, bias, ctx.statistics, upstream)
         if call.plan.strategy != "sampled" and not call.plan.schedule.prepared:  # their residuals are read, not used up
             ctx.statistics = ctx.statistics.leaving(())
+    shard = call.shard
+    if shard is not None and gradients.hidden is not None:
+        spread = gradients.hidden if shard.layout.rows is None else call.spread(gradients.hidden)
+        gradients.hidden = shard.layout.summed(spread)
     packed = _handed_on(gradients, "hidden", scale, hidden.dtype)
+    if packed is not None and (shard is None or shard.layout.rows is None):
+        packed = call.spread(packed)
     return (
-        None if packed is None else call.spread(packed),
+        packed,
         _handed_on(gradients, "weight", scale, weight.dtype),
         None if bias is None else _handed_on(gradients, "bias", scale, bias.dtype),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -220,6 +220,33 @@ def choose(shape: Shape, backend: str, scalar: bool, workspace: int | None, forc
         backend=backend,
         schedule=schedule,
     )
+
+
+def choose_shard(
+    shape: Shape, widest: int, backend: str, scalar: bool, workspace: int | None, forced: Forced | None
+) -> Plan:
+    """The plan for a shard of the vocabulary.
+
+    Strategies that merge statistics chunk by chunk are planned for the widest shard, so that all ranks have the same
+    chunks. The others merge once, and each rank takes what is best for its own.
+
+    Args:
+        shape: of this rank's problem.
+        widest: rows of the largest shard's weight.
+        backend: as in ``choose``, like the others.
+        scalar: as in ``choose``.
+        workspace: as in ``choose``.
+        forced: as in ``choose``.
+
+    Raises:
+        ValueError: as ``choose``.
+    """
+    common = choose(replace(shape, vocabulary=widest), backend, scalar, workspace, forced)
+    if common.strategy not in ("chunked", "sampled"):
+        return common if shape.vocabulary in (0, widest) else choose(shape, backend, False, workspace, forced)
+    schedule, own = common.schedule, max(1, shape.vocabulary)
+    narrowed = replace(schedule, window=min(schedule.window, own), backward_window=min(schedule.backward_window, own))
+    return replace(common, schedule=narrowed)
 
 
 def _gradient_bytes(shape: Shape) -> int:

@@ -130,7 +130,8 @@ class Search:
                 yield Schedule("loss_only", rows, vocabulary)
             return
         if shape.threshold is not None:
-            for rows in _up_to(COSTED_ROWS, tokens):
+            # Each tile of a shard's rows would be a collective.
+            for rows in (tokens,) if shape.sharded else _up_to(COSTED_ROWS, tokens):
                 yield Schedule("sampled", rows, vocabulary)
             return
         narrower = [window for window in COSTED_WINDOWS if window % multiple == 0 and window < vocabulary]
@@ -153,8 +154,11 @@ class Search:
     def _may_be_ahead(self) -> bool:
         """Whether the gradient of the logits may be formed before the upstream gradient is known.
 
-        Not in fp16, where what is not scaled by a loss scale yet would underflow.
+        Not in fp16, where what is not scaled by a loss scale yet would underflow; nor by kernels that form it with the
+        statistics, where these are those of a shard.
         """
+        if self.shape.sharded and self._costed:
+            return False
         half = torch.float16 in (self.shape.product_dtype, self.shape.compute_dtype if self._costed else None)
         return self.scalar and not half
 

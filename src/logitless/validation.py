@@ -50,10 +50,12 @@ def check_gradient(value: object) -> Sampled | None:
     return None
 
 
-def check_scan(gradient: Sampled | None, outputs: tuple[str, ...]) -> None:
-    """Refuse per-token outputs that a scan in fewer bits does not know."""
+def check_scan(gradient: Sampled | None, outputs: tuple[str, ...], *, sharded: bool) -> None:
+    """Refuse what a scan in fewer bits does not know: some per-token outputs, and other ranks' shards."""
     if gradient is None or gradient.scan == "input":
         return
+    if sharded:
+        raise ValueError(f"Sampled(scan={gradient.scan!r}) is not supported with group=: use Sampled(scan='input')")
     unknown = [name for name in outputs if name not in ESTIMATED_OUTPUTS]
     if unknown:
         raise ValueError(
@@ -133,12 +135,19 @@ def check_main_grad(main_grad: object, linear_weight: torch.Tensor) -> None:
         raise ValueError("main_grad must be contiguous, got strides " + str(main_grad.stride()))
 
 
-def check_group(group: object) -> None:
-    """No process group: the vocabulary is not sharded yet."""
-    if group is not None:
-        raise NotImplementedError(
-            f"group={group!r}: linear_weight sharded over a process group is not supported yet; gather it, or pass None"
-        )
+def check_group(group: object, sequence_parallel: bool) -> None:
+    """A process group that this rank is in, or None."""
+    if group is None:
+        if sequence_parallel:
+            raise ValueError("sequence_parallel=True needs group=, the ranks that the rows of input are sharded over")
+        return
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        expected = "a torch.distributed.ProcessGroup or None"
+        raise TypeError(f"group must be {expected}, got {type(group).__name__}; of a DeviceMesh take get_group()")
+    if group.rank() < 0:
+        raise ValueError("group must be one that this rank is in")
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("group= is not supported under torch.compile; call this loss outside of it")
 
 
 def _tensor(name: str, value: object) -> torch.Tensor:
@@ -162,7 +171,15 @@ def _shaped(name: str, tensor: torch.Tensor, expected: tuple[int, ...], meaning:
         raise ValueError(f"{name} must have shape {expected} ({meaning}), got {tuple(tensor.shape)}")
 
 
-def check_head(input: object, linear_weight: object, target: object, linear_bias: object) -> None:
+def check_head(
+    input: object,
+    linear_weight: object,
+    target: object,
+    linear_bias: object,
+    *,
+    least_vocabulary: int = 1,
+    sharded_rows: bool = False,
+) -> None:
     """Types, dtypes, devices and shapes of hidden states, head and targets."""
     input, linear_weight, target = (
         _tensor("input", input),
@@ -181,10 +198,11 @@ def check_head(input: object, linear_weight: object, target: object, linear_bias
             f"input and linear_weight must agree in their last dimension D, got input {tuple(input.shape)} and "
             f"linear_weight {tuple(linear_weight.shape)}"
         )
-    if linear_weight.shape[0] == 0 or linear_weight.shape[1] == 0:
+    if linear_weight.shape[0] < least_vocabulary or linear_weight.shape[1] == 0:
         raise ValueError(f"linear_weight must have V >= 1 rows and D >= 1 columns, got {tuple(linear_weight.shape)}")
     check_target_type(target)
-    _shaped("target", target, tuple(input.shape[:-1]), "the leading shape of input")
+    if not sharded_rows:
+        _shaped("target", target, tuple(input.shape[:-1]), "the leading shape of input")
     _same_device("linear_weight", linear_weight, input)
     _same_device("target", target, input)
     if linear_bias is not None:

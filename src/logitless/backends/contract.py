@@ -28,6 +28,7 @@ N tokens, D hidden, V vocabulary; the rows of a ``Problem`` are those that count
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -71,6 +72,7 @@ class Shape:
             after the other; ``"unaligned"`` rows; or ``"strided"``, neither.
         main_grad: whether the weight's gradient is added to an fp32 buffer of the caller's.
         functional: whether what a forward pass leaves must stay as it is, as under torch.compile.
+        sharded: whether the vocabulary is that of one rank of several, whose statistics are to be merged.
     """
 
     tokens: int
@@ -92,6 +94,7 @@ class Shape:
     weight_layout: WeightLayout
     main_grad: bool
     functional: bool
+    sharded: bool = False
 
     @classmethod
     def of(
@@ -201,6 +204,10 @@ class Problem:
         smoothing: [V] weight of each logit in ``smooth_logit``, one number for all, or None where not wanted.
         main_grad: [V, D] fp32 to which the weight's gradient is added; ``Gradients.weight`` is None then.
         offsets: [N] float64 in [0, 1), where each row's systematic sample starts; None for the exact gradient.
+        merge: where the weight is a shard of the whole vocabulary, begins to merge the statistics of some rows, and
+            returns what waits for those of the whole. Strategies that need these before the backward pass call it, for
+            all rows in order; others leave it to the operator. None where the weight is the whole.
+        rank_above: [N] logits above which ``target_rank`` counts entries; None for those of the targets.
     """
 
     shape: Shape
@@ -213,6 +220,8 @@ class Problem:
     smoothing: torch.Tensor | float | None
     main_grad: torch.Tensor | None
     offsets: torch.Tensor | None
+    merge: Callable[[Statistics, slice], Callable[[], Statistics]] | None = None
+    rank_above: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,7 @@ class Statistics:
         smooth_logit: sum of the logits weighted by ``Problem.smoothing``, or None.
         prediction: int64 index of the largest logit, or None.
         target_rank: int64 number of other entries with a logit above the target's, or None.
+        peak_logit: the largest logit, where ``prediction`` is not None.
         residuals: tensors that the backward pass of the same backend may reuse, and use up: see ``residuals``.
     """
 
@@ -235,6 +245,7 @@ class Statistics:
     smooth_logit: torch.Tensor | None = None
     prediction: torch.Tensor | None = None
     target_rank: torch.Tensor | None = None
+    peak_logit: torch.Tensor | None = None
     residuals: tuple[torch.Tensor, ...] = ()
 
     def leaving(self, residuals: tuple[torch.Tensor, ...]) -> Statistics:

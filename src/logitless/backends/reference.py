@@ -18,6 +18,8 @@ but never below what the listed blocks alone hold; logsumexp is log Z.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from logitless.backends.contract import (
@@ -109,6 +111,7 @@ def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | No
     wanted = problem.shape.statistics
     target_logit = z.gather(1, problem.target[:, None])
     lse = z.logsumexp(1)
+    above = target_logit if problem.rank_above is None else problem.rank_above[:, None]
     p = (z - lse[:, None]).exp()
     return Statistics(
         logsumexp=lse,
@@ -116,7 +119,8 @@ def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | No
         mean_logit=torch.where(p > 0, p * z, 0.0).sum(1) if "mean_logit" in wanted else None,
         smooth_logit=(z * problem.smoothing).sum(1) if problem.smoothing is not None else None,
         prediction=z.argmax(1) if "prediction" in wanted else None,
-        target_rank=(z > target_logit).sum(1) if "target_rank" in wanted else None,
+        target_rank=(z > above).sum(1) if "target_rank" in wanted else None,
+        peak_logit=z.amax(1) if "prediction" in wanted else None,
     )
 
 
@@ -139,12 +143,13 @@ def _estimated(problem: Problem, z: torch.Tensor) -> Statistics:
     )  # fmt: skip
 
 
-def _block_weights(problem: Problem) -> torch.Tensor:
-    """[N, B] weight of each block in the sampled gradient: 0 where it is left out."""
+def _block_weights(problem: Problem, logsumexp: torch.Tensor | None = None) -> torch.Tensor:
+    """[N, B] weight of each block in the sampled gradient, 0 where it is left out; by this or the scan's own sum."""
     threshold, offsets = problem.shape.threshold, problem.offsets
     assert threshold is not None
     assert offsets is not None
-    p = _scanned_logits(problem).softmax(1)
+    y = _scanned_logits(problem)
+    p = (y - (y.logsumexp(1) if logsumexp is None else logsumexp)[:, None]).exp()
     masses = block_sums(p)
     if problem.smoothing is not None and problem.head.softcap is not None:
         masses = mix_in_smoothing(masses, problem.smoothing, problem.shape.vocabulary)
@@ -160,7 +165,8 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     k = torch.zeros_like(z) if head.softcap is None else (z / head.softcap).square()
     r = torch.ones_like(z)
     if schedule.strategy == "sampled":
-        r = _block_weights(problem).repeat_interleave(BLOCK, 1)[:, : shape.vocabulary]
+        whole = None if shape.estimated else statistics.logsumexp
+        r = _block_weights(problem, whole).repeat_interleave(BLOCK, 1)[:, : shape.vocabulary]
 
     dz = p * coefficients.a[:, None]
     if coefficients.b is not None:
@@ -193,4 +199,7 @@ def forward_with_gradients(
 ) -> tuple[Statistics, Gradients]:
     """One pass after the other."""
     statistics = forward(problem, schedule, ahead)
-    return statistics, backward(problem, schedule, statistics, ahead.at(statistics.logsumexp))
+    whole = statistics
+    if problem.merge is not None:
+        whole = replace(statistics, logsumexp=problem.merge(statistics, slice(0, problem.shape.tokens))().logsumexp)
+    return statistics, backward(problem, schedule, whole, ahead.at(whole.logsumexp))

@@ -124,6 +124,7 @@ def concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
         smooth_logit=joined("smooth_logit"),
         prediction=joined("prediction"),
         target_rank=joined("target_rank"),
+        peak_logit=joined("peak_logit"),
     )
 
 
@@ -188,49 +189,83 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
 def forward_with_gradients(
     problem: Problem, schedule: Schedule, ahead: AffineCoefficients
 ) -> tuple[Statistics, Gradients]:
-    """Row chunks: all logits of a chunk in one buffer, its statistics, its gradient in their place, two products."""
-    shape = problem.shape
-    projection = Projection(problem, schedule.rows, shape.vocabulary)
-    everything = slice(0, shape.vocabulary)
-    # One product over the whole vocabulary, unless that would copy the whole weight.
-    windows = list(slices(shape.vocabulary, PARTIAL)) if projection.copies_weight else [everything]
-    narrow = projection.dtype != projection.statistics_dtype
-    weight_windows = list(slices(shape.vocabulary, PARTIAL)) if narrow else [everything]
+    """Row chunks: all logits of a chunk in one buffer, its statistics, its gradient in their place, two products.
 
-    buffer = projection.buffer(schedule.rows * shape.vocabulary)
-    gradients = new_gradients(projection)
-    if shape.weight_gradient:
-        gradients.weight = new_accumulator(projection, shape.vocabulary)
-    hidden_adder = PartialSum(projection, schedule.rows)
-    weight_adder = PartialSum(projection, min(PARTIAL, shape.vocabulary))
-    parts = []
-    for rows in slices(shape.tokens, schedule.rows):
-        hidden, target = projection.hidden[rows], problem.target[rows]
-        raw = buffer[: hidden.shape[0] * shape.vocabulary].view(hidden.shape[0], shape.vocabulary)
-        for columns in windows:
-            torch.mm(hidden, projection.weight(columns).T, out=raw[:, columns])
-        running = RunningStatistics(problem, rows)
-        running.add(raw, everything, projection, leave_softmax=projection.leaves_softmax)
-        part = running.finish()
+    Where statistics are merged with those of other shards, that happens while the next chunk is multiplied, in a second
+    buffer.
+    """
+    chunks = _Chunks(problem, schedule, ahead)
+    parts, waiting = [], None
+    for number, rows in enumerate(slices(problem.shape.tokens, schedule.rows)):
+        raw, part = chunks.scan(number, rows)
         parts.append(part)
-        values = RowValues(part.logsumexp, target, part.target_logit, ahead.rows(rows).at(part.logsumexp))
+        if problem.merge is None:
+            chunks.add_gradient(raw, rows, part, part)
+            continue
+        merged = problem.merge(part, rows)
+        if waiting is not None:
+            chunks.add_gradient(*waiting[:3], waiting[3]())
+        waiting = (raw, rows, part, merged)
+    if waiting is not None:
+        chunks.add_gradient(*waiting[:3], waiting[3]())
+    return concatenate(parts, problem), chunks.gradients
+
+
+class _Chunks:
+    """The chunked strategy on one problem: row chunks' logits, and the gradients they add to."""
+
+    def __init__(self, problem: Problem, schedule: Schedule, ahead: AffineCoefficients) -> None:
+        """Accumulators of zeros; a buffer of logits, or two to take turns where a chunk waits for other shards."""
+        shape = problem.shape
+        self._problem, self._ahead = problem, ahead
+        self._projection = projection = Projection(problem, schedule.rows, shape.vocabulary)
+        self._everything = everything = slice(0, shape.vocabulary)
+        # One product over the whole vocabulary, unless that would copy the whole weight.
+        self._windows = list(slices(shape.vocabulary, PARTIAL)) if projection.copies_weight else [everything]
+        narrow = projection.dtype != projection.statistics_dtype
+        self._weight_windows = list(slices(shape.vocabulary, PARTIAL)) if narrow else [everything]
+        count = 1 if problem.merge is None else 2
+        self._buffers = [projection.buffer(schedule.rows * shape.vocabulary) for _ in range(count)]
+        self.gradients = new_gradients(projection)
+        if shape.weight_gradient:
+            self.gradients.weight = new_accumulator(projection, shape.vocabulary)
+        self._hidden_adder = PartialSum(projection, schedule.rows)
+        self._weight_adder = PartialSum(projection, min(PARTIAL, shape.vocabulary))
+
+    def scan(self, number: int, rows: slice) -> tuple[torch.Tensor, Statistics]:
+        """A chunk's logits, or their softmax, and its statistics."""
+        projection, vocabulary = self._projection, self._problem.shape.vocabulary
+        hidden = projection.hidden[rows]
+        buffer = self._buffers[number % len(self._buffers)]
+        raw = buffer[: hidden.shape[0] * vocabulary].view(hidden.shape[0], vocabulary)
+        for columns in self._windows:
+            torch.mm(hidden, projection.weight(columns).T, out=raw[:, columns])
+        running = RunningStatistics(self._problem, rows)
+        running.add(raw, self._everything, projection, leave_softmax=projection.leaves_softmax)
+        return raw, running.finish()
+
+    def add_gradient(self, raw: torch.Tensor, rows: slice, part: Statistics, whole: Statistics) -> None:
+        """A chunk's gradient, in place of what ``scan`` left, into those of hidden states, weight and bias."""
+        problem, projection, gradients = self._problem, self._projection, self.gradients
+        hidden, target = projection.hidden[rows], problem.target[rows]
+        coefficients = self._ahead.rows(rows).at(whole.logsumexp)
+        values = RowValues(whole.logsumexp, target, part.target_logit, coefficients)
         if projection.leaves_softmax:
             values = replace(values, window_logsumexp=part.logsumexp, holds_softmax=True)
         entries = projection.target_entries(values)
-        projection.softmax_gradient_(raw, everything, values, gradients.bias)
+        projection.softmax_gradient_(raw, self._everything, values, gradients.bias)
         raw[torch.arange(raw.shape[0], device=raw.device), target] = 0
         if gradients.hidden is not None:
-            for columns in windows:
-                hidden_adder.add(gradients.hidden[rows], raw[:, columns], projection.weight(columns))
+            for columns in self._windows:
+                self._hidden_adder.add(gradients.hidden[rows], raw[:, columns], projection.weight(columns))
             add_target_rows(gradients.hidden[rows], problem, target, entries)
         if gradients.weight is not None:
-            for columns in weight_windows:
-                weight_adder.add(gradients.weight[columns], raw[:, columns].T, hidden)
+            for columns in self._weight_windows:
+                self._weight_adder.add(gradients.weight[columns], raw[:, columns].T, hidden)
             for some in slices(hidden.shape[0], TARGET_ROWS):
                 gradients.weight.index_add_(0, target[some], hidden[some] * entries[some, None])
         if gradients.bias is not None:
             projection.add_one_hot_to_bias(gradients.bias, values)
-    return concatenate(parts, problem), gradients
 
 
 class PartialSum:

@@ -138,7 +138,7 @@ def _hidden_gradient(shape: Shape) -> int:
 def _chunked(shape: Shape, schedule: Schedule) -> int:
     rows, item = min(schedule.rows, shape.tokens), shape.product_dtype.itemsize
     total = rows * shape.vocabulary * item
-    total += _product_scratch(shape, total)
+    total += _product_scratch(shape, total) + (total if shape.sharded else 0)
     total += _scratch(shape, rows, shape.vocabulary, gradient=True)
     total += _weight_copy(shape, min(PARTIAL, shape.vocabulary))
     total += _hidden_accumulator(shape) + _target_rows(shape)

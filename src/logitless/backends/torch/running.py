@@ -23,6 +23,7 @@ class RunningStatistics:
         shape, device = problem.shape, problem.hidden.device
         count, wanted = rows.stop - rows.start, shape.statistics
         self._target = problem.target[rows]
+        self._rank_above = None if problem.rank_above is None else problem.rank_above[rows]
 
         def floats(value: float) -> torch.Tensor:
             return torch.full((count,), value, dtype=shape.statistics_dtype, device=device)
@@ -70,7 +71,8 @@ class RunningStatistics:
         """Take in logits [R, U], which are used up."""
         if self._rank is not None:
             assert z.shape[1] == self._vocabulary, "a rank needs the whole row"
-            self._rank[rows] = (z > z.gather(1, self._target[rows, None])).sum(1)
+            above = z.gather(1, self._target[rows, None]) if self._rank_above is None else self._rank_above[rows, None]
+            self._rank[rows] = (z > above).sum(1)
         if self._smooth is not None:
             smoothing = projection.smoothing(columns)
             assert smoothing is not None
@@ -134,4 +136,5 @@ class RunningStatistics:
             smooth_logit=self._smooth,
             prediction=self._prediction,
             target_rank=self._rank,
+            peak_logit=None if self._prediction is None else self._maximum,
         )

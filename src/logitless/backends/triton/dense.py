@@ -98,6 +98,7 @@ def new_statistics(problem: Problem) -> Statistics:
         smooth_logit=zeros() if "smooth_logit" in wanted else None,
         prediction=zeros(torch.int64) if "prediction" in wanted else None,
         target_rank=zeros(torch.int64) if "target_rank" in wanted else None,
+        peak_logit=zeros() if "prediction" in wanted else None,
     )
 
 
@@ -144,8 +145,10 @@ def scan_rows(
         launcher.scan(hidden, rows.start, columns, scratch.tables, scratch.target_logit, softmax, rounded=rounded)
     launcher.combine(scratch.tables, scratch.target_logit, rows.start, rows.stop - rows.start, statistics)
     if scratch.rank is not None:
-        everything = slice(0, launcher.shape.vocabulary)
-        launcher.scan(hidden, rows.start, everything, scratch.tables, scratch.target_logit, rank=scratch.rank)
+        everything, given = slice(0, launcher.shape.vocabulary), launcher.problem.rank_above
+        above = statistics.target_logit if given is None else given
+        above = above.index_select(0, launcher.rows.order)
+        launcher.scan(hidden, rows.start, everything, scratch.tables, above, rank=scratch.rank)
 
 
 def write_ranks(launcher: Launcher, scratch: Scratch, statistics: Statistics) -> None:

@@ -75,7 +75,7 @@ def scan_kernel(
     smooth_table,  # [T, table_stride] fp32 where SMOOTH
     peak_table,  # [T, table_stride] fp32 where PREDICT
     peak_index,  # [T, table_stride] int32 where PREDICT
-    target_logit,  # [N] fp32, written; read where RANK
+    target_logit,  # [N] fp32, written; where RANK read, and in natural units
     rank,  # [N] int32, zeroed by the caller, where RANK
     table_stride,
     first_row,
@@ -136,7 +136,7 @@ def scan_kernel(
         t = tl.load(target + first_row + place, mask=valid, other=-1)
         if RANK:
             at_target = tl.load(target_logit + first_row + place, mask=valid, other=float("inf"))
-            above = mask_columns((y > at_target[:, None]).to(tl.int32), column, vocabulary, 0)
+            above = mask_columns((y * LN2 > at_target[:, None]).to(tl.int32), column, vocabulary, 0)
             tl.atomic_add(rank + first_row + place, tl.sum(above, 1), mask=valid, sem="relaxed")
         else:
             here = (t >= column) & (t < column + BN)
@@ -182,6 +182,7 @@ def combine_kernel(
     mean_out,  # [N] fp32 where MEAN
     smooth_out,  # [N] fp32 where SMOOTH
     prediction,  # [N] int64 where PREDICT
+    peak_out,  # [N] fp32 where PREDICT
     table_stride,
     blocks,
     first_row,
@@ -244,3 +245,4 @@ def combine_kernel(
             tl.store(smooth_out + place, smooth, mask=inside)
         if PREDICT:
             tl.store(prediction + place, chosen.to(tl.int64), mask=inside)
+            tl.store(peak_out + place, best * LN2, mask=inside)

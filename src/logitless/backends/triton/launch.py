@@ -193,6 +193,7 @@ class Launcher:
             or_other(statistics.mean_logit, absent),
             or_other(statistics.smooth_logit, absent),
             or_other(statistics.prediction, absent),
+            or_other(statistics.peak_logit, absent),
             tables.log_sum.stride(0),
             tables.log_sum.shape[0],
             first_row,

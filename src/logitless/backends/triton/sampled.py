@@ -9,6 +9,8 @@ at work; what is left for the backward pass is the pairs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 
@@ -60,7 +62,11 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     rounding = Rounding(problem, step) if shape.estimated else None
     for rows in slices(0, shape.tokens, max(1, step)):
         scan_rows(launcher, rows, ((slice(0, shape.vocabulary), None),), scratch, statistics, rounding)
-        selection.add(scratch.tables, rows.start, rows.stop - rows.start, statistics)
+        whole = statistics
+        if problem.merge is not None:
+            assert rows.stop - rows.start == shape.tokens, "a shard's rows are merged at once"
+            whole = replace(statistics, logsumexp=problem.merge(statistics, rows)().logsumexp)
+        selection.add(scratch.tables, rows.start, rows.stop - rows.start, whole)
     write_ranks(launcher, scratch, statistics)
     del scratch, rounding
     pairs, starts = selection.listed()
