@@ -191,9 +191,11 @@ def test_module_refuses(changes, exception, fragments):
 
 
 @pytest.mark.parametrize("function", [logitless.linear_cross_entropy, logitless.token_statistics])
-def test_group_is_not_implemented(function):
-    with pytest.raises(NotImplementedError, match="group"):
+def test_what_is_no_group(function):
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup or None, got object"):
         function(**arguments(group=object()))
+    with pytest.raises(ValueError, match="sequence_parallel=True needs group="):
+        function(**arguments(sequence_parallel=True))
 
 
 def test_unknown_option_of_the_module():

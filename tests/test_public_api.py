@@ -89,6 +89,7 @@ def test_defaults():
         "workspace": None,
         "backend": "auto",
         "group": None,
+        "sequence_parallel": False,
         "main_grad": None,
     }
 
@@ -149,7 +150,7 @@ RANKS = (
     {"functional", "module", "report"},
     {"compiled"},
     {"validation", "objective", "planning", "operators"},
-    {"schedules"},
+    {"schedules", "sharding", "dtensors"},
     {"backends", "sampling", "quantisation"},
     {"options"},
 )

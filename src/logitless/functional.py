@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from logitless import compiled, operators, planning, schedules, sharding, validation
+from logitless import compiled, dtensors, operators, planning, schedules, sharding, validation
 from logitless.backends.contract import Shape
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import Backend, FloatOutput, HeadOptions, IntegerOutput, LossOptions, Reduction, Sampled
@@ -125,13 +125,22 @@ def linear_cross_entropy(
 
     The method: arXiv 2511.17599, with the strategies and the sampled gradient of ``docs/design.md``.
     """
-    validation.check_group(group, sequence_parallel)
-    with sharding.meeting(group) as meeting:
+    tensors: dict[str, Any] = {
+        "input": input,
+        "linear_weight": linear_weight,
+        "target": target,
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "token_weight": token_weight,
+        "main_grad": main_grad,
+    }
+    given = dtensors.Arguments(tensors, group, sequence_parallel).local()
+    validation.check_group(given.group, given.sequence_parallel)
+    input, linear_weight, target, linear_bias, weight, token_weight, main_grad = (given.tensors[n] for n in tensors)
+    with sharding.meeting(given.group) as meeting:
         sampled = validation.check_gradient(gradient)
-        head = _checked_head(
-            input, linear_weight, target, linear_bias, main_grad, softcap, logit_scale, group, sequence_parallel
-        )
-        validation.check_scan(sampled, (), sharded=group is not None)
+        head = _checked_head(given, softcap, logit_scale)
+        validation.check_scan(sampled, (), sharded=given.group is not None)
         validation.check_reduction(reduction)
         validation.check_index("ignore_index", ignore_index)
         validation.check_number("label_smoothing", label_smoothing, least=0, most=1)
@@ -149,19 +158,13 @@ def linear_cross_entropy(
         if meeting is not None:
             layout = _meet(
                 meeting,
-                input,
-                linear_weight,
-                target,
-                linear_bias,
+                given,
                 call,
-                sequence_parallel,
                 reduction=reduction,
                 ignore_index=ignore_index,
                 label_smoothing=label_smoothing,
                 z_loss=z_loss,
                 normalizer="a tensor" if isinstance(normalizer, torch.Tensor) else normalizer,
-                weight="None" if weight is None else str(weight.dtype),
-                token_weight="None" if token_weight is None else str(token_weight.dtype),
             )
     vocabulary = linear_weight.shape[0] if layout is None else layout.vocabulary
     options = LossOptions(reduction, ignore_index, label_smoothing, z_loss)
@@ -234,31 +237,28 @@ def token_statistics(
     Raises:
         TypeError, ValueError, RuntimeError: as ``linear_cross_entropy``.
     """
-    validation.check_group(group, sequence_parallel)
-    with sharding.meeting(group) as meeting:
+    tensors: dict[str, Any] = {
+        "input": input,
+        "linear_weight": linear_weight,
+        "target": target,
+        "linear_bias": linear_bias,
+        "main_grad": main_grad,
+    }
+    given = dtensors.Arguments(tensors, group, sequence_parallel).local()
+    validation.check_group(given.group, given.sequence_parallel)
+    input, linear_weight, target, linear_bias, main_grad = (given.tensors[n] for n in tensors)
+    with sharding.meeting(given.group) as meeting:
         sampled = validation.check_gradient(gradient)
-        head = _checked_head(
-            input, linear_weight, target, linear_bias, main_grad, softcap, logit_scale, group, sequence_parallel
-        )
+        head = _checked_head(given, softcap, logit_scale)
         names = validation.check_outputs(outputs)
-        validation.check_scan(sampled, names, sharded=group is not None)
+        validation.check_scan(sampled, names, sharded=given.group is not None)
         validation.check_index("ignore_index", ignore_index)
         budget = validation.check_workspace(workspace)
         validation.check_backend(backend)
         call = _CallOptions(head, sampled, budget, backend, main_grad)
         layout = None
         if meeting is not None:
-            layout = _meet(
-                meeting,
-                input,
-                linear_weight,
-                target,
-                linear_bias,
-                call,
-                sequence_parallel,
-                outputs=list(names),
-                ignore_index=ignore_index,
-            )
+            layout = _meet(meeting, given, call, outputs=list(names), ignore_index=ignore_index)
     tokens = _Tokens.of(target, linear_weight.shape[0] if layout is None else layout.vocabulary, ignore_index)
     dtype = _statistics_dtype(_compute_dtype(input, linear_weight))
     objective = StatisticsObjective(names, tokens.counted.to(dtype))
@@ -375,73 +375,69 @@ class _CallOptions:
     main_grad: torch.Tensor | None
 
 
-def _checked_head(
-    input: torch.Tensor,
-    linear_weight: torch.Tensor,
-    target: torch.Tensor,
-    linear_bias: torch.Tensor | None,
-    main_grad: torch.Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    group: ProcessGroup | None,
-    sequence_parallel: bool,
-) -> HeadOptions:
+def _checked_head(given: dtensors.Arguments, softcap: float | None, logit_scale: float) -> HeadOptions:
     """Check what every call has; a shard may be empty, and its rows need not be those of the target."""
-    least = 1 if group is None else 0
+    tensors = given.tensors
     validation.check_head(
-        input, linear_weight, target, linear_bias, least_vocabulary=least, sharded_rows=sequence_parallel
+        tensors["input"],
+        tensors["linear_weight"],
+        tensors["target"],
+        tensors["linear_bias"],
+        least_vocabulary=1 if given.group is None else 0,
+        sharded_rows=given.sequence_parallel,
     )
     if softcap is not None:
         validation.check_number("softcap", softcap, above=0)
     validation.check_number("logit_scale", logit_scale)
+    main_grad, weight = tensors["main_grad"], tensors["linear_weight"]
     if main_grad is not None:
-        validation.check_main_grad(main_grad, linear_weight)
+        validation.check_main_grad(main_grad, weight)
     return HeadOptions(logit_scale, softcap)
 
 
 def _meet(
-    meeting: sharding.Meeting,
-    input: torch.Tensor,
-    linear_weight: torch.Tensor,
-    target: torch.Tensor,
-    linear_bias: torch.Tensor | None,
-    call: _CallOptions,
-    sequence_parallel: bool,
-    **options: Any,
+    meeting: sharding.Meeting, given: dtensors.Arguments, call: _CallOptions, **options: object
 ) -> sharding.Layout:
     """Tell the other ranks what this call is, and hear who has what."""
-    rows, sampled = input.numel() // input.shape[-1], call.sampled
-    facts = {
-        "vocabulary": linear_weight.shape[0],
-        "rows": rows,
-        "tokens": list(target.shape),
-        "hidden": input.shape[-1],
-        "dtype of input": str(input.dtype),
-        "dtype of linear_weight": str(linear_weight.dtype),
-        "linear_bias": "None" if linear_bias is None else str(linear_bias.dtype),
-        "compute dtype": str(_compute_dtype(input, linear_weight)),
-        "gradients of input, linear_weight, linear_bias": list(_wanted(input, linear_weight, linear_bias)),
-        "main_grad": call.main_grad is not None,
-        "softcap": call.head.softcap,
-        "logit_scale": call.head.logit_scale,
-        "gradient": "exact" if sampled is None else f"sampled, threshold {sampled.threshold}",
-        "workspace": call.workspace,
-        "backend": call.backend,
-        "sequence_parallel": sequence_parallel,
-        "strategy": str(schedules.forced()),
-        **options,
-    }
-    everyone = meeting.meet(facts)
-    sizes, all_rows = (tuple(int(theirs[name]) for theirs in everyone) for name in ("vocabulary", "rows"))
+    input, linear_weight, target = (given.tensors[name] for name in ("input", "linear_weight", "target"))
+    linear_bias, sampled = given.tensors["linear_bias"], call.sampled
+    others = {name: given.tensors.get(name) for name in ("linear_bias", "weight", "token_weight", "main_grad")}
+    everyone = meeting.meet(
+        {
+            "vocabulary": linear_weight.shape[0],
+            "rows": input.numel() // input.shape[-1],
+            "shape of target": list(target.shape),
+            "hidden size": input.shape[-1],
+            "dtype of input": str(input.dtype),
+            "dtype of linear_weight": str(linear_weight.dtype),
+            **{f"dtype of {name}": None if tensor is None else str(tensor.dtype) for name, tensor in others.items()},
+            "compute dtype": str(_compute_dtype(input, linear_weight)),
+            "gradients of input, linear_weight, linear_bias": list(_wanted(input, linear_weight, linear_bias)),
+            "softcap": call.head.softcap,
+            "logit_scale": call.head.logit_scale,
+            "gradient": "exact" if sampled is None else f"sampled, threshold {sampled.threshold}",
+            "workspace": call.workspace,
+            "backend": call.backend,
+            "sequence_parallel": given.sequence_parallel,
+            "strategy": str(schedules.forced()),
+            **options,
+        }
+    )
+    sizes, rows = (tuple(int(theirs[name]) for theirs in everyone) for name in ("vocabulary", "rows"))
     if sum(sizes) == 0:
         raise ValueError("linear_weight must have rows on some rank of group, got none on any")
-    if sequence_parallel and sum(all_rows) != target.numel():
+    if given.sequence_parallel and sum(rows) != target.numel():
         raise ValueError(
-            f"target must hold the {sum(all_rows)} tokens whose hidden states the ranks of group have "
-            f"({', '.join(map(str, all_rows))}), got {target.numel()}"
+            f"target must hold the {sum(rows)} tokens whose hidden states the ranks of group have "
+            f"({', '.join(map(str, rows))}), got {target.numel()}"
         )
-    assert meeting.group.rank() < len(sizes)
-    return sharding.Layout(meeting.group, meeting.group.rank(), sizes, all_rows if sequence_parallel else None)
+    return sharding.Layout(
+        group=meeting.group,
+        rank=meeting.group.rank(),
+        sizes=sizes,
+        rows=rows if given.sequence_parallel else None,
+        sums=given.sums_hidden,
+    )
 
 
 def _wanted(
