@@ -415,7 +415,7 @@ def _meet(
             "gradients of input, linear_weight, linear_bias": list(_wanted(input, linear_weight, linear_bias)),
             "softcap": call.head.softcap,
             "logit_scale": call.head.logit_scale,
-            "gradient": "exact" if sampled is None else f"sampled, threshold {sampled.threshold}",
+            "gradient": "exact" if sampled is None else f"Sampled(threshold={sampled.threshold})",
             "workspace": call.workspace,
             "backend": call.backend,
             "sequence_parallel": given.sequence_parallel,
@@ -425,7 +425,7 @@ def _meet(
     )
     sizes, rows = (tuple(int(theirs[name]) for theirs in everyone) for name in ("vocabulary", "rows"))
     if sum(sizes) == 0:
-        raise ValueError("linear_weight must have rows on some rank of group, got none on any")
+        raise ValueError(f"linear_weight must have rows on some rank of group, got 0 on each of {len(sizes)}")
     if given.sequence_parallel and sum(rows) != target.numel():
         raise ValueError(
             f"target must hold the {sum(rows)} tokens whose hidden states the ranks of group have "

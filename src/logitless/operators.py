@@ -119,6 +119,7 @@ def evaluate(
             problem = replace(problem, shape=replace(call.shape, statistics=call.shape.statistics - {"target_rank"}))
         if call.shape.vocabulary == 0:
             statistics = _nothing_seen(problem, schedule)
+            prepared = _no_gradients(problem) if schedule.strategy == "chunked" else None
         elif schedule.strategy == "chunked":
             assert ahead is not None
             statistics, prepared = backend.forward_with_gradients(problem, schedule, ahead)
@@ -151,7 +152,7 @@ def _nothing_seen(problem: Problem, schedule: Schedule) -> Statistics:
             peak_logit=torch.full_like(zero, -torch.inf) if "prediction" in wanted else None,
         )
 
-    if schedule.strategy in ("chunked", "sampled"):
+    if schedule.strategy == "chunked":
         assert problem.merge is not None
         for start in range(0, shape.tokens, schedule.rows):
             rows = slice(start, min(start + schedule.rows, shape.tokens))

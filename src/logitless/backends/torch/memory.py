@@ -162,6 +162,8 @@ def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
     rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
     # The table of block masses and the float64 sums, masks and indices of the selection.
     table = rows * block_count(shape.vocabulary) * 56
+    if shape.sharded:  # whose selection waits for the other shards
+        table += shape.tokens * block_count(shape.vocabulary) * shape.statistics_dtype.itemsize
     return (
         rows * window * shape.product_dtype.itemsize
         + _product_scratch(shape, rows * window * shape.product_dtype.itemsize)

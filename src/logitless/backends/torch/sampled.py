@@ -57,24 +57,35 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     kind = ScanProjection if shape.estimated else Projection
     projection = kind(problem, schedule.rows, schedule.window)
     buffer = projection.buffer(schedule.rows * schedule.window)
-    parts, scanned_of = [], []
+    parts, scans, scanned_of = [], [], []
     rows_of, blocks_of = ([torch.empty(0, dtype=torch.int32, device=buffer.device)] for _ in range(2))
     weights_of = [torch.empty(0, dtype=shape.statistics_dtype, device=buffer.device)]
-    for rows in slices(shape.tokens, schedule.rows):
-        running, hidden = RunningStatistics(problem, rows), projection.hidden[rows]
-        for columns in slices(shape.vocabulary, schedule.window):
-            running.add(projection.multiply(hidden, columns, buffer), columns, projection)
-        part = running.finish()
-        parts.append(part)
-        whole = part if problem.merge is None else problem.merge(part, rows)()
-        listed, weights = _select(problem, rows, running, whole)
+
+    def select(rows: slice, running: RunningStatistics, logsumexp: torch.Tensor) -> None:
+        listed, weights = _select(problem, rows, running, logsumexp)
         block, row = listed.T.nonzero(as_tuple=True)
         blocks_of.append(block.int())
         rows_of.append(row.int() + rows.start)
         weights_of.append(weights[row, block])
         if shape.estimated:
             scanned_of.append(Scanned.of(running, row, block))
+
+    for rows in slices(shape.tokens, schedule.rows):
+        running, hidden = RunningStatistics(problem, rows), projection.hidden[rows]
+        for columns in slices(shape.vocabulary, schedule.window):
+            running.add(projection.multiply(hidden, columns, buffer), columns, projection)
+        part = running.finish()
+        parts.append(part)
+        if problem.merge is None:
+            select(rows, running, part.logsumexp)
+        else:
+            scans.append((rows, running))
     statistics = concatenate(parts, problem)
+    if problem.merge is not None:  # one collective for all rows, whose tables are kept until then
+        whole = problem.merge(statistics, slice(0, shape.tokens))() if shape.tokens else statistics
+        for rows, running in scans:
+            select(rows, running, whole.logsumexp[rows])
+    del scans
     del projection, buffer
     pairs, order = _group(rows_of, blocks_of, weights_of, block_count(shape.vocabulary))
     if shape.estimated:
@@ -86,14 +97,14 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
 
 
 def _select(
-    problem: Problem, rows: slice, running: RunningStatistics, statistics: Statistics
+    problem: Problem, rows: slice, running: RunningStatistics, logsumexp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[R, B] which blocks are listed, and [R, B] their weights."""
     shape, offsets = problem.shape, problem.offsets
     assert running.blocks is not None
     assert shape.threshold is not None
     assert offsets is not None
-    masses = running.blocks.sub_(statistics.logsumexp[:, None]).exp_()
+    masses = running.blocks.sub_(logsumexp[:, None]).exp_()
     if problem.smoothing is not None and shape.softcapped:
         masses = mix_in_smoothing(masses, problem.smoothing, shape.vocabulary)
     weights = inclusion_weights(masses, shape.threshold, offsets[rows]).to(shape.statistics_dtype)
