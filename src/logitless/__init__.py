@@ -6,6 +6,7 @@ per-token likelihood, entropy and more; ``plan`` says beforehand what memory a c
 
 from logitless.functional import TokenStatistics as TokenStatistics
 from logitless.functional import check_targets as check_targets
+from logitless.functional import count_tokens as count_tokens
 from logitless.functional import linear_cross_entropy as linear_cross_entropy
 from logitless.functional import token_statistics as token_statistics
 from logitless.module import LinearCrossEntropyLoss as LinearCrossEntropyLoss

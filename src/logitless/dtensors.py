@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, get_process_group_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -113,12 +113,17 @@ def _localised(given: Arguments) -> Arguments:
     )
 
 
+def _ranks(group: ProcessGroup) -> list[int]:
+    """Groups of the same ranks serve alike; meshes that are cut from one another may have several."""
+    return get_process_group_ranks(group)
+
+
 def _tokens_by_dimension(given: Arguments, hidden: object, mesh: DeviceMesh) -> list[str]:
     """For each dimension of the mesh whether its ranks have the ``"same"`` tokens or their ``"own"``."""
     kinds = []
     for dimension in range(mesh.ndim):
         if not is_dtensor(hidden):
-            same = given.group is not None and mesh.get_group(dimension) == given.group
+            same = given.group is not None and _ranks(mesh.get_group(dimension)) == _ranks(given.group)
         else:
             place = hidden.placements[dimension]
             if place.is_partial():

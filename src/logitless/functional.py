@@ -5,6 +5,7 @@ Shapes: ``...`` any leading shape with N elements in all, D hidden, V vocabulary
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -293,6 +294,44 @@ def check_targets(
     validation.check_targets_in_range(target.detach().reshape(-1).long(), vocabulary, ignore_index)
 
 
+def count_tokens(
+    target: torch.Tensor,  # [...]
+    *,
+    ignore_index: int = -100,
+    weight: torch.Tensor | None = None,  # [V]
+    group: ProcessGroup | None = None,
+) -> torch.Tensor:
+    """What a mean over several calls divides by: pass it as their ``normalizer``.
+
+    For gradient accumulation, with the targets of all micro-batches; for data and context parallelism, with the ranks
+    that have tokens of their own as ``group``. The sum of the calls' losses, and of their gradients, is then that of
+    one call on all tokens. Where gradients are averaged over ranks afterwards, as by DistributedDataParallel and
+    ``fully_shard``, divide by the number of ranks.
+
+    Args:
+        target: vocabulary indices [...], any integer dtype; not those of ranks of ``group`` with the same tokens.
+        ignore_index: target of tokens that do not count.
+        weight: class weights [V], if the loss has them; then their sum over tokens.
+        group: of ranks whose counts are added up: one all-reduce.
+
+    Returns:
+        A 0-d fp32 tensor on the device of ``target``; nothing waits for it.
+
+    Raises:
+        TypeError: a target that does not hold integers.
+    """
+    validation.check_target_type(target)
+    validation.check_index("ignore_index", ignore_index)
+    flat = target.detach().reshape(-1).long()
+    keep = flat != ignore_index
+    counted = keep.float() if weight is None else torch.where(keep, weight.float()[torch.where(keep, flat, 0)], 0.0)
+    total = counted.sum()
+    if group is not None:
+        validation.check_group(group, sequence_parallel=False)
+        torch.distributed.all_reduce(total, group=group)
+    return total
+
+
 @dataclass(frozen=True)
 class _Tokens:
     """The tokens that count.
@@ -407,6 +446,7 @@ def _meet(
             "vocabulary": linear_weight.shape[0],
             "rows": input.numel() // input.shape[-1],
             "shape of target": list(target.shape),
+            "checksum of target": _checksum(target),
             "hidden size": input.shape[-1],
             "dtype of input": str(input.dtype),
             "dtype of linear_weight": str(linear_weight.dtype),
@@ -438,6 +478,11 @@ def _meet(
         rows=rows if given.sequence_parallel else None,
         sums=given.sums_hidden,
     )
+
+
+def _checksum(target: torch.Tensor) -> int | None:
+    """Of the targets, where nobody has to wait for them."""
+    return zlib.crc32(target.detach().contiguous().numpy().tobytes()) if target.device.type == "cpu" else None
 
 
 def _wanted(

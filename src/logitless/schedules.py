@@ -306,6 +306,7 @@ class Search:
             lodged = schedule.lodged_windows if forced.lodged is None else min(forced.lodged, schedule.lodged_windows)
             return replace(schedule, kept_windows=forced.kept or 0, lodged_windows=lodged)
         if strategy == "sampled":
+            rows = tokens if shape.sharded and self._costed else rows
             window = min(block_count(window) * BLOCK, vocabulary)
         return Schedule(strategy, rows, window)
 

@@ -328,6 +328,8 @@ ODD: dict[str, tuple[Arguments, list[str]]] = {
     "gradient": (Arguments(options={"gradient": logitless.Sampled()}), ["gradient", "exact", "[Ss]ampled"]),
     "sequence_parallel": (Arguments(options={"sequence_parallel": True}), ["sequence_parallel", "True", "False"]),
     "function": (Arguments(function="statistics"), []),
+    "target": (Arguments(target=1), ["target"]),
+    "target beyond all shards": (Arguments(target=999), ["target"]),
 }
 SAMPLED_MORE, SAMPLED_LESS = (Arguments(options={"gradient": logitless.Sampled(t)}) for t in (1 / 8, 1 / 4))
 STATISTIC = Arguments(function="statistics", options={"outputs": ("nll", "entropy")})

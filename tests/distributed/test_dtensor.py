@@ -1,0 +1,322 @@
+"""DTensors, FSDP2 and parallelize_module: the results of one process, gradients placed like what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import workers
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from workers import Member, Outcome
+
+import logitless
+from problems import generator
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
+]
+
+BATCH, LENGTH, HIDDEN, VOCABULARY = 4, 6, 16, 301
+TOKENS = BATCH * LENGTH
+LIMIT = 120
+OPTIONS = {"label_smoothing": 0.125, "z_loss": 2.0**-7, "softcap": 5.0}
+
+Results = dict[str, Tensor]
+
+
+def whole_problem() -> dict[str, Tensor]:
+    return {
+        "input": torch.randn(TOKENS, HIDDEN, generator=generator(1)),
+        "linear_weight": torch.randn(VOCABULARY, HIDDEN, generator=generator(2)),
+        "target": torch.randint(VOCABULARY, (TOKENS,), generator=generator(3)),
+        "linear_bias": torch.randn(VOCABULARY, generator=generator(4)),
+        "weight": torch.rand(VOCABULARY, generator=generator(5)) + 0.5,
+    }
+
+
+def alone() -> Results:
+    """The loss, over its sum of class weights, and gradients of one process in fp64."""
+    problem = {
+        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in whole_problem().items()
+    }
+    leaves = {name: problem[name].requires_grad_() for name in ("input", "linear_weight", "linear_bias")}
+    loss = logitless.linear_cross_entropy(**problem, **OPTIONS)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def placed(words: str) -> list[Placement]:
+    """Placements by dimension: ``"0R"`` is sharded by rows over the first, the same on all ranks of the second."""
+    return [Replicate() if letter == "R" else Shard(int(letter)) for letter in words]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A call with DTensors: how hidden states and weight are placed on a mesh."""
+
+    sizes: tuple[int, ...]
+    hidden: str
+    weight: str
+    sequence_parallel: bool = False
+
+    def __str__(self) -> str:
+        kind = " sequence parallel" if self.sequence_parallel else ""
+        return f"mesh {self.sizes}, hidden {self.hidden}, weight {self.weight}{kind}"
+
+    def __call__(self, member: Member) -> Results:
+        mesh = init_device_mesh("cpu", self.sizes)
+        problem = whole_problem()
+        total = logitless.count_tokens(problem["target"], weight=problem["weight"])
+        # Targets go with the tokens, but are the same where hidden states are to be gathered.
+        gathered = self.sequence_parallel and self.weight[-1] == "0"
+        tokens = self.hidden[:-1] + "R" if gathered else self.hidden
+        vectors = dict.fromkeys(("linear_bias", "weight"), self.weight.replace("1", "R"))
+        layouts = {"input": self.hidden, "target": tokens, "linear_weight": self.weight, **vectors}
+        tensors = {name: distribute_tensor(tensor, mesh, placed(layouts[name])) for name, tensor in problem.items()}
+        leaves = {name: tensors[name].detach().requires_grad_() for name in ("input", "linear_weight", "linear_bias")}
+        loss = logitless.linear_cross_entropy(
+            **{**tensors, **leaves}, normalizer=total, sequence_parallel=self.sequence_parallel, **OPTIONS
+        )
+        loss.backward()
+        for name, leaf in leaves.items():
+            assert isinstance(leaf.grad, DTensor)
+            assert leaf.grad.placements == leaf.placements, name
+        loss = loss.detach().clone()
+        for dimension, letter in enumerate(tokens):
+            if letter != "R":
+                dist.all_reduce(loss, group=mesh.get_group(dimension))
+        return {"loss": loss, **{name: leaf.grad.full_tensor() for name, leaf in leaves.items()}}
+
+
+PLACED = {
+    2: [
+        Placed((2,), "R", "0"),
+        Placed((2,), "R", "R"),
+        Placed((2,), "0", "0"),
+        Placed((2,), "0", "R"),
+        Placed((2,), "0", "0", sequence_parallel=True),
+        Placed((2,), "R", "1"),
+    ],
+    4: [
+        Placed((4,), "R", "0"),
+        Placed((2, 2), "RR", "00"),
+        Placed((2, 2), "0R", "00"),
+        Placed((2, 2), "0R", "R0"),
+        Placed((2, 2), "00", "00"),
+        Placed((2, 2), "0R", "0R"),
+    ],
+}
+
+
+class Model(nn.Module):
+    """A block with a norm and a head, tied to the embedding or not."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.up = nn.Linear(HIDDEN, 4 * HIDDEN, bias=False)
+        self.down = nn.Linear(4 * HIDDEN, HIDDEN, bias=False)
+        self.norm = nn.RMSNorm(HIDDEN)
+        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, target: Tensor, **options: Any) -> Tensor:
+        x = self.embedding(tokens)
+        hidden = self.norm(x + self.down(torch.relu(self.up(x))))
+        return logitless.linear_cross_entropy(hidden, self.head.weight, target, **options)
+
+
+def text() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=generator(8))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def gradients(model: nn.Module, loss: Tensor) -> Results:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    full = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
+    return {"loss": loss.detach(), **full}
+
+
+def trained_alone(tied: bool) -> Results:
+    model = Model(tied).double()
+    loss = model(*text())
+    loss.backward()
+    return gradients(model, loss)
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
+    """The plans of users: hidden states as plain tensors, the same on all ranks, or DTensors along the sequence."""
+    layout = Shard(1) if sequence else Replicate()
+    local = {"use_local_output": not sequence}
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=layout, **local),
+        "up": ColwiseParallel(input_layouts=layout, **local),
+        "down": RowwiseParallel(output_layouts=layout, **local),
+        "head": ColwiseParallel(input_layouts=layout),
+    }
+    parallelize_module(model, mesh, {**plan, "norm": SequenceParallel()} if sequence else plan)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A step of the model under tensor parallelism, FSDP2 or both."""
+
+    data: int
+    tensor: int
+    tied: bool = False
+    sequence: bool = False
+
+    def __str__(self) -> str:
+        words = [f"data {self.data}, tensor {self.tensor}", *(n for n in ("tied", "sequence") if getattr(self, n))]
+        return ", ".join(words)
+
+    def __call__(self, member: Member) -> Results:
+        mesh = init_device_mesh("cpu", (self.data, self.tensor), mesh_dim_names=("data", "tensor"))
+        model, (tokens, target) = Model(self.tied), text()
+        if self.tensor > 1:
+            tensor_parallel(model, mesh["tensor"], self.sequence)
+            if self.tied:
+                model.head.weight = model.embedding.weight
+        options: dict[str, Any] = {"sequence_parallel": self.sequence}
+        if self.tensor > 1 and not self.sequence:
+            options["group"] = mesh.get_group("tensor")
+        if self.data > 1:
+            fully_shard(model, mesh=mesh["data"])
+            here = mesh.get_local_rank("data")
+            rows = slice(here * BATCH // self.data, (here + 1) * BATCH // self.data)
+            tokens, target = tokens[rows], target[rows]
+        # FSDP averages gradients over its ranks, so a mean over local tokens becomes one over all.
+        loss = model(tokens, target, **options)
+        loss.backward()
+        mean = loss.detach().clone()
+        if self.data > 1:
+            dist.all_reduce(mean, group=mesh.get_group("data"))
+        return gradients(model, mean / self.data)
+
+
+TRAINED = {
+    2: [Trained(1, 2), Trained(1, 2, tied=True), Trained(1, 2, sequence=True), Trained(2, 1), Trained(2, 1, tied=True)],
+    4: [Trained(2, 2), Trained(2, 2, tied=True), Trained(2, 2, sequence=True)],
+}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Calls that do not say what they mean."""
+
+    def __call__(self, member: Member) -> list[str]:
+        mesh = init_device_mesh("cpu", (member.size,))
+        problem = whole_problem()
+        weight = distribute_tensor(problem["linear_weight"], mesh, [Shard(0)])
+        hidden = distribute_tensor(problem["input"], mesh, [Replicate()])
+        across = distribute_tensor(problem["input"], mesh, [Shard(1)])
+        calls = [(problem["input"], weight), (hidden, problem["linear_weight"]), (across, weight)]
+        return [
+            message_of(lambda call=call: logitless.linear_cross_entropy(*call, problem["target"])) for call in calls
+        ]
+
+
+def message_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Tokens that ranks have of their own, counted together, and micro-batches accumulated."""
+
+    def __call__(self, member: Member) -> Results:
+        problem = whole_problem()
+        problem["target"][::5] = -100
+        leaves = {name: problem[name].requires_grad_() for name in ("input", "linear_weight", "linear_bias")}
+        own = slice(member.rank * TOKENS // member.size, (member.rank + 1) * TOKENS // member.size)
+        target = problem["target"][own]
+        total = logitless.count_tokens(target, weight=problem["weight"], group=member.group)
+        others = {name: problem[name] for name in ("linear_weight", "linear_bias", "weight")}
+        loss = torch.zeros(())
+        for rows in (slice(0, 3), slice(3, None)):
+            part = logitless.linear_cross_entropy(
+                leaves["input"][own][rows], target=target[rows], normalizer=total, **others, **OPTIONS
+            )
+            part.backward()
+            loss += part.detach()
+        results = {"loss": loss, **{name: leaf.grad for name, leaf in leaves.items()}}
+        for tensor in results.values():
+            dist.all_reduce(tensor, group=member.group)
+        return results
+
+
+def cases_of(size: int) -> dict[str, Callable[[Member], Any]]:
+    cases = [*PLACED[size], *TRAINED[size], Refused(), Counting()]
+    return {str(case) if isinstance(case, (Placed, Trained)) else type(case).__name__: case for case in cases}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, list[Outcome]]]:
+    """The outcomes of one world's cases by name and rank."""
+
+    @lru_cache
+    def run(size: int) -> dict[str, list[Outcome]]:
+        return workers.run(cases_of(size), size, tmp_path_factory.mktemp(f"dtensor{size}"), LIMIT)
+
+    return run
+
+
+def check(found: Results, expected: Results) -> None:
+    """Within fp32's rounding of sums of some hundred terms; a gradient counted twice or not at all is far beyond."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name].double() - value).norm() / value.norm()
+        assert error <= 64 * torch.finfo(torch.float32).eps, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("case", [case for size in PLACED for case in PLACED[size]], ids=str)
+def test_placements(ran, case):
+    size = 2 if case in PLACED[2] else 4
+    for found in workers.values(ran(size)[str(case)]):
+        check(found, alone())
+
+
+@pytest.mark.parametrize("case", [case for size in TRAINED for case in TRAINED[size]], ids=str)
+def test_training(ran, case):
+    size = 2 if case in TRAINED[2] else 4
+    for found in workers.values(ran(size)[str(case)]):
+        check(found, trained_alone(case.tied))
+
+
+def test_what_is_refused(ran):
+    for plain_hidden, plain_weight, across in workers.values(ran(2)["Refused"]):
+        assert plain_hidden.startswith("TypeError: input must be a DTensor where linear_weight is one")
+        assert "group=mesh.get_group" in plain_hidden
+        assert plain_weight.startswith("TypeError: linear_weight must be a DTensor where another argument is one")
+        assert across.startswith("ValueError: input must not be sharded along D")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_tokens_counted_together(ran, size):
+    """Losses and gradients of parts, each over the count of all tokens, add up to those of one call."""
+    problem = {
+        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in whole_problem().items()
+    }
+    problem["target"][::5] = -100
+    leaves = {name: problem[name].requires_grad_() for name in ("input", "linear_weight", "linear_bias")}
+    loss = logitless.linear_cross_entropy(**problem, **OPTIONS)
+    loss.backward()
+    expected = {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+    for found in workers.values(ran(size)["Counting"]):
+        check(found, expected)
