@@ -19,6 +19,7 @@ PACKAGE = Path(logitless.__file__).parent
 
 PUBLIC_FUNCTIONS = [
     logitless.check_targets,
+    logitless.count_tokens,
     logitless.linear_cross_entropy,
     logitless.plan,
     logitless.sampling_report,
@@ -31,6 +32,7 @@ PUBLIC = [
     "SamplingReport",
     "TokenStatistics",
     "check_targets",
+    "count_tokens",
     "linear_cross_entropy",
     "plan",
     "sampling_report",

@@ -23,6 +23,7 @@ __all__ = [
     "SamplingReport",
     "TokenStatistics",
     "check_targets",
+    "count_tokens",
     "linear_cross_entropy",
     "plan",
     "sampling_report",
