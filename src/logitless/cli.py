@@ -88,6 +88,11 @@ def _add_train(subcommands: Subcommands) -> None:
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of a new run (default: runs/train-TIME)")
     folder.add_argument("--resume", type=Path, metavar="DIR", help="folder of a run to go on with, as it was set up")
+    processes = parser.add_argument_group("several processes", "torchrun --nproc-per-node DP*TP -m logitless train ...")
+    processes.add_argument("--dp", type=int, default=1, metavar="N", help="parts of each batch, by FSDP2 (default: 1)")
+    processes.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="parts of the vocabulary and of each layer (default: 1)"
+    )
     parser.set_defaults(run=_train)
 
 
@@ -95,10 +100,12 @@ def _train(arguments: argparse.Namespace) -> int:
     _require_extra("demo", DEMO_MODULES)
     from rich.console import Console
 
-    from logitless.demo.runs import run_training
+    from logitless.demo.runs import Division, run_training
 
     run_dir = arguments.resume or arguments.run_dir or _new_run_dir("train")
-    return run_training(given_flags(arguments), run_dir, arguments.resume is not None, TrainConfig(), Console())
+    division = Division(arguments.dp, arguments.tp)
+    resume = arguments.resume is not None
+    return run_training(given_flags(arguments), run_dir, resume, TrainConfig(), Console(), division=division)
 
 
 def _add_converge(subcommands: Subcommands) -> None:

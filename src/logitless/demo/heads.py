@@ -8,13 +8,22 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 import logitless
 from logitless.demo.config import TrainConfig
 from logitless.demo.data import GRADIENT_STREAM, derived_seed
 
 
-def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, step: int, config: TrainConfig) -> Tensor:
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    step: int,
+    config: TrainConfig,
+    group: ProcessGroup | None = None,
+    part: int = 0,
+) -> Tensor:
     """Returns the mean loss of a batch by the head that `config` names.
 
     Args:
@@ -23,6 +32,8 @@ def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, step: int, config:
         target: `[N]`, int64.
         step: seeds the sampled gradient, together with the run's seed.
         config: which head, its threshold and its scan.
+        group: of the processes that the weight's rows are sharded over, if they are.
+        part: number of this process's part of the data, of which each is sampled by itself.
 
     Returns:
         A float32 scalar.
@@ -32,10 +43,11 @@ def head_loss(hidden: Tensor, weight: Tensor, target: Tensor, step: int, config:
     if config.head == "compiled":
         return _compiled()(hidden, weight, target)
     if config.head == "exact":
-        return logitless.linear_cross_entropy(hidden, weight, target)
-    generator = torch.Generator(hidden.device).manual_seed(derived_seed(config.seed, GRADIENT_STREAM, step))
+        return logitless.linear_cross_entropy(hidden, weight, target, group=group)
+    seed = derived_seed(config.seed + part, GRADIENT_STREAM, step)
+    generator = torch.Generator(hidden.device).manual_seed(seed)
     gradient = logitless.Sampled(threshold=config.threshold, generator=generator, scan=config.scan)
-    return logitless.linear_cross_entropy(hidden, weight, target, gradient=gradient)
+    return logitless.linear_cross_entropy(hidden, weight, target, gradient=gradient, group=group)
 
 
 def two_stage(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -52,13 +52,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.size = config.hidden // config.heads
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.out = nn.Linear(config.hidden, config.hidden, bias=False)
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """Maps `[B, T, D]` to `[B, T, D]`."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # Head by head, so that some of the rows of the weight are some of the heads.
+        query, key, value = self.qkv(x).unflatten(-1, (-1, 3, self.size)).permute(3, 0, 2, 1, 4)
         mixed = F.scaled_dot_product_attention(rotate(query, turn), rotate(key, turn), value, is_causal=True)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -74,7 +75,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[B, T, D]` to `[B, T, D]`."""
-        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_and_up(x).unflatten(-1, (-1, 2)).unbind(-1)
         return self.out(F.silu(gate) * up)
 
 

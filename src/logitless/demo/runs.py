@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +91,22 @@ class RunFolder:
             raise InputError(f"{self.settings} cannot be read ({error}): restore it, or start a new run") from error
 
 
+@dataclass(frozen=True)
+class Division:
+    """Over how many processes a run is divided.
+
+    Attributes:
+        data: parts of each batch.
+        tensor: parts of the vocabulary, and of each layer, within each of these.
+    """
+
+    data: int = 1
+    tensor: int = 1
+
+
+ALONE = Division()
+
+
 def run_training(
     given: Mapping[str, Any],
     run_dir: Path,
@@ -97,6 +114,7 @@ def run_training(
     base: TrainConfig,
     console: Console,
     load_tokenizer: Callable[[], Tokenizer] = tekken,
+    division: Division = ALONE,
 ) -> int:
     """Trains until the last step or a signal.
 
@@ -107,6 +125,7 @@ def run_training(
         base: the settings not in `given`, for a new run.
         console: where progress is shown.
         load_tokenizer: makes the tokenizer.
+        division: over the processes that `torchrun` has started; a run may go on with another.
 
     Returns:
         The process's exit code: 0, or 128 plus the number of the signal that stopped the run.
@@ -114,58 +133,105 @@ def run_training(
     Raises:
         InputError: something given cannot be used.
     """
-    folder = RunFolder(run_dir)
+    from logitless.demo.parallel import check_sizes, join  # what shards weights takes a second to import
+
     if resume:
-        config, tokens_key = folder.read()
+        config, tokens_key = RunFolder(run_dir).read()
         refuse_conflicts(config, given)
-        config = resolve_device(config)
-        corpus = _same_corpus(folder, config, tokens_key, load_tokenizer())
-        for leftover in folder.path.glob(f"*{TEMPORARY_SUFFIX}"):
-            leftover.unlink()
     else:
-        config = resolve_device(with_flags(base, given))
-        folder.refuse_existing()
-        with console.status("reading and tokenizing the text"):
-            corpus = load_corpus(config.text, load_tokenizer(), folder.token_cache)
-        check_size(corpus, config.batch, config.sequence)
-        folder.create(config, corpus.key)
-    with memory_meter(config.device) as meter:
-        trainer = Trainer(config, corpus, meter)
-        if folder.checkpoint.exists():
-            trainer.load_state_dict(load_checkpoint(folder.checkpoint))
-        truncate_log(folder.log, trainer.step)
-        if resume:
-            console.print(f"resuming {folder.path} after step {trainer.step} of {config.steps}", highlight=False)
-        return _train_to_the_end(trainer, folder, console)
+        config, tokens_key = with_flags(base, given), ""
+    config = resolve_device(config)
+    check_sizes(config, division.data, division.tensor)
+    with join(division.data, division.tensor, config.device) as world:
+        folder = RunFolder(run_dir if world is None else world.first_does(lambda: run_dir))
+        if world is not None and not world.first:
+            console = Console(quiet=True)
+
+        def prepare() -> str:
+            if resume:
+                _same_corpus(folder, config, tokens_key, load_tokenizer())
+                for leftover in folder.path.glob(f"*{TEMPORARY_SUFFIX}"):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                return tokens_key
+            folder.refuse_existing()
+            with console.status("reading and tokenizing the text"):
+                corpus = load_corpus(config.text, load_tokenizer(), folder.token_cache)
+            check_size(corpus, config.batch, config.sequence)
+            folder.create(config, corpus.key)
+            return corpus.key
+
+        tokens_key = prepare() if world is None else world.first_does(prepare)
+        corpus = _same_corpus(folder, config, tokens_key, load_tokenizer())
+        with memory_meter(config.device) as meter:
+            trainer = Trainer(config, corpus, meter, world=world)
+            _take_up(trainer, folder)
+            if world is None or world.first:
+                truncate_log(folder.log, trainer.step)
+            if resume:
+                console.print(f"resuming {folder.path} after step {trainer.step} of {config.steps}", highlight=False)
+            return _train_to_the_end(trainer, folder, console)
+
+
+def _take_up(trainer: Trainer, folder: RunFolder) -> None:
+    """Goes on from the newest checkpoint, if there is one."""
+    from logitless.demo.parallel import last_sharded, load_sharded
+
+    sharded, alone = last_sharded(folder.path), None
+    if folder.checkpoint.exists():
+        alone = load_checkpoint(folder.checkpoint)
+    if alone is not None and (sharded is None or int(alone["step"]) > sharded[1]):
+        if trainer.world is not None:
+            raise InputError(
+                f"{folder.checkpoint} is of a run in one process: go on in one, or start a new run under torchrun"
+            )
+        trainer.load_state_dict(alone)
+    elif sharded is not None:
+        load_sharded(sharded[0], trainer.model, trainer.optimizer)
+        trainer.go_on_from(sharded[1])
 
 
 def _train_to_the_end(trainer: Trainer, folder: RunFolder, console: Console) -> int:
-    config = trainer.config
+    config, world = trainer.config, trainer.world
+    path = folder.log if world is None or world.first else Path(os.devnull)
     with (
         _stop_request() as stop,
-        folder.log.open("a", buffering=1) as log,
+        path.open("a", buffering=1) as log,
         StepProgress(console, config.head, config.steps, config.tokens, done=trainer.step) as progress,
     ):
-        while trainer.step < config.steps and stop.signal is None:
+        stopped = 0
+        while trainer.step < config.steps and not stopped:
             record = trainer.advance()
             last = trainer.step == config.steps
             if last or _due(trainer.step, config.eval_every):
                 record = replace(record, held_out_loss=trainer.held_out_loss())
             log.write(json.dumps(asdict(record)) + "\n")
             progress.update(record)
-            if last or stop.signal is not None or _due(trainer.step, config.checkpoint_every):
-                os.fsync(log.fileno())  # the log must never miss a step that the checkpoint has done
-                save_checkpoint(folder.checkpoint, trainer.state_dict())
-    if trainer.step < config.steps and stop.signal is not None:
+            stopped = stop.signal or 0
+            if world is not None:  # a signal may reach some processes a step before the others
+                stopped = world.largest(stopped)
+            if last or stopped or _due(trainer.step, config.checkpoint_every):
+                if path == folder.log:
+                    os.fsync(log.fileno())  # the log must never miss a step that the checkpoint has done
+                _save(trainer, folder)
+    if trainer.step < config.steps:
         console.print(
             f"stopped after step {trainer.step} of {config.steps}; "
             f"go on with: logitless train --resume {shlex.quote(str(folder.path))}",
             soft_wrap=True,
             highlight=False,
         )
-        return 128 + stop.signal
+        return 128 + stopped
     console.print(f"all {config.steps} steps done: {folder.path}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _save(trainer: Trainer, folder: RunFolder) -> None:
+    if trainer.world is None:
+        save_checkpoint(folder.checkpoint, trainer.state_dict())
+        return
+    from logitless.demo.parallel import save_sharded
+
+    save_sharded(folder.path, trainer.world, trainer.model, trainer.optimizer, trainer.step)
 
 
 def _same_corpus(folder: RunFolder, config: TrainConfig, key: str, tokenizer: Tokenizer) -> Corpus:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from logitless.demo.errors import InputError
 from logitless.demo.heads import head_loss
 from logitless.demo.memory import MemoryMeter
 from logitless.demo.model import Decoder
+
+if TYPE_CHECKING:
+    from logitless.demo.parallel import World
 
 LOWEST_RATE = 0.1  # of the highest, at the end of the cosine
 MOMENTUM = 0.9  # of SGD
@@ -89,16 +92,29 @@ class Trainer:
         corpus: the tokens.
         meter: a started memory meter.
         compile_body: whether the decoder runs through torch.compile; the head is left as it is.
+        world: the processes that share the work, if there are several.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, meter: MemoryMeter, compile_body: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        meter: MemoryMeter,
+        compile_body: bool = False,
+        world: World | None = None,
+    ) -> None:
         self.config = config
         self.corpus = corpus
         self.meter = meter
+        self.world = world
         self.step = 0
         self._base_bytes = meter.level()
         seed = derived_seed(config.seed, WEIGHT_STREAM, 0)
         self.model = Decoder(config.model, corpus.vocabulary, config.sequence, seed).to(config.device)
+        if world is not None:
+            from logitless.demo.parallel import shard
+
+            shard(self.model, world)
         self._body = torch.compile(self.model, dynamic=False) if compile_body else self.model
         self.optimizer = _make_optimizer(config, self.model)
         self._batch = self._make_batch(0)
@@ -120,7 +136,7 @@ class Trainer:
 
         # The graph is cut between body and head, so that each backward pass can be timed by itself.
         features = hidden.detach().requires_grad_()
-        loss = head_loss(features, self._head_weight(), target, self.step, config)
+        loss = self._loss(features, target)
         loss.backward()
         clock.mark()
         head_peak = meter.peak()
@@ -128,6 +144,8 @@ class Trainer:
 
         hidden.backward(features.grad)
         clock.mark()
+        if self.world is not None:
+            loss = self.world.mean(loss)
         if not math.isfinite(loss.item()):
             raise InputError(
                 f"the loss of step {self.step + 1} is {loss.item()}: lower --learning-rate or set --gradient-clip"
@@ -137,7 +155,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         limit = config.gradient_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if self.world is None:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        else:
+            from logitless.demo.parallel import clip_gradients
+
+            norm = clip_gradients(self.model, limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
         clock.mark()
@@ -164,9 +187,14 @@ class Trainer:
         """Returns the mean loss over the held-out text, by the run's own head."""
         total, count = 0.0, 0
         for hidden, target in self._held_out():
-            total += len(target) * head_loss(hidden, self._head_weight(), target, self.step, self.config).item()
+            total += len(target) * self._loss(hidden, target).item()
             count += len(target)
         return total / count
+
+    def _loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Returns the mean loss of hidden states `[N, D]` and targets `[N]` by the run's head."""
+        group, part = (None, 0) if self.world is None else (self.world.tensor_group, self.world.part)
+        return head_loss(hidden, self._head_weight(), target, self.step, self.config, group, part)
 
     @torch.no_grad()
     def held_out_nll(self) -> Tensor:
@@ -192,15 +220,21 @@ class Trainer:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step = int(state["step"])
-            self._batch = self._make_batch(self.step)
+            self.go_on_from(int(state["step"]))
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(f"the checkpoint does not fit this model ({str(error).splitlines()[0]})") from error
+
+    def go_on_from(self, step: int) -> None:
+        """Takes up the text after some step."""
+        self.step = step
+        self._batch = self._make_batch(step)
 
     def _make_batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Returns the inputs `[B, T]` and the targets `[N]` of a step, on the device."""
         config = self.config
         inputs, target = training_batch(self.corpus.train, config.seed, step, config.batch, config.sequence)
+        if self.world is not None:
+            inputs, target = self.world.own(inputs), self.world.own(target)
         if config.device == "cuda":  # from pinned memory, so that the copy does not wait for the device
             inputs, target = inputs.pin_memory(), target.pin_memory()
         return inputs.to(config.device, non_blocking=True), target.flatten().to(config.device, non_blocking=True)

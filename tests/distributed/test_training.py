@@ -1,0 +1,127 @@
+"""``logitless train`` over several processes: the losses of one, checkpoints that another number can go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+pytest.importorskip("rich")
+pytest.importorskip("psutil")
+
+import psutil
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+
+SCRIPT = Path(__file__).with_name("training.py")
+LIMIT = 120
+
+
+def command(text: Path, folder: Path, task: str, data: int, tensor: int, head: str = "exact") -> list[str]:
+    count = data * tensor
+    started = [sys.executable]
+    if count > 1:
+        started += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return [*started, str(SCRIPT), str(text), str(folder), task, str(data), str(tensor), head]
+
+
+def train(*arguments, **options) -> subprocess.CompletedProcess:
+    """Runs to the end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(*arguments, **options), env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_curve(folder: Path, alone: Path) -> None:
+    """Losses and norms of every step, up to fp32's order of additions, which training makes a little larger."""
+    ours, theirs = log_of(folder), log_of(alone)
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs] == list(range(1, 7))
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "gradient_norm", "held_out_loss"):
+            assert mine[name] == (None if other[name] is None else pytest.approx(other[name], rel=2e-5)), name
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(f"Sentence {n} of {n * n} says {n % 7} and {n % 11}." for n in range(400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    done = train(text, folder, "new", 1, 1)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(2, 2), (2, 1), (1, 2)])
+def test_curve_of_one_process(text, alone, tmp_path, data, tensor):
+    done = train(text, tmp_path / "run", "new", data, tensor)
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(tmp_path / "run", alone)
+    assert done.stdout.count("all 6 steps done") == 1
+
+
+def test_sampled_in_shards(text, tmp_path):
+    """Each part of the data, and each shard, is sampled by itself; the loss stays exact."""
+    done = train(text, tmp_path / "run", "new", 2, 2, "sampled")
+    assert done.returncode == 0, done.stderr
+    assert log_of(tmp_path / "run")[-1]["loss"] < log_of(tmp_path / "run")[0]["loss"]
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(2, 1), (1, 1)])
+def test_a_killed_process_ends_the_run_and_another_number_goes_on(text, alone, tmp_path, data, tensor):
+    """In bounded time, with a message; the last checkpoint is whole, and the run goes on with fewer processes."""
+    folder = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = command(text, folder, "new", 2, 2)
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        deadline = time.monotonic() + LIMIT
+        while not (folder / "checkpoint-2").exists():
+            assert time.monotonic() < deadline
+            assert job.poll() is None, job.stdout.read()
+            time.sleep(0.02)
+        members = psutil.Process(job.pid).children()
+        members[-1].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        output, _ = job.communicate(timeout=LIMIT)
+        assert time.monotonic() - killed < 60
+    assert job.returncode != 0 or "all 6 steps done" in output
+    if job.returncode:
+        assert "SIGKILL" in output
+    assert not psutil.pid_exists(members[0].pid) or psutil.Process(members[0].pid).status() == psutil.STATUS_ZOMBIE
+    done = train(text, folder, "resume", data, tensor)
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(folder, alone)
+
+
+def test_what_cannot_be_divided(text, tmp_path):
+    """Another number of processes than asked for; a batch or heads that do not divide: a line each, and no folder."""
+    assert "need 4 processes, and there are 1" in one_process(text, tmp_path, 2, 2).stderr
+    assert "--batch must be a multiple of --dp, got 4 and 3" in one_process(text, tmp_path, 3, 1).stderr
+    assert "--heads must be a multiple of --tp, got 4 and 3" in one_process(text, tmp_path, 1, 3).stderr
+    assert "--tp 2 needs --head exact or sampled" in one_process(text, tmp_path, 1, 2, "two-stage").stderr
+    assert not (tmp_path / "run").exists()
+
+
+def one_process(text: Path, folder: Path, data: int, tensor: int, head: str = "exact") -> subprocess.CompletedProcess:
+    words = [sys.executable, str(SCRIPT), str(text), str(folder / "run"), "new", str(data), str(tensor), head]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    return done
