@@ -150,6 +150,7 @@ def statistic(problem: Problem, name: str, dtype: torch.dtype, narrow: torch.dty
         "logsumexp": lambda: lse,
         "prediction": lambda: (z == z.amax(1, keepdim=True)).to(torch.uint8).argmax(1),  # the first of equal ones
         "target_rank": lambda: (z > at_target).sum(1),
+        "peak_logit": lambda: z.amax(1),
     }[name]()
 
 

@@ -250,7 +250,8 @@ def scanned(problem: Problem, columns: tuple[slice, ...] = (), rows: int = 0) ->
         for part in columns or (slice(0, problem.shape.vocabulary),):
             launcher.scan(hidden, first, part, tables, target_logit)
         launcher.combine(tables, target_logit, first, count, statistics)
-        launcher.scan(hidden, first, slice(0, problem.shape.vocabulary), tables, target_logit, rank=rank)
+        above = statistics.target_logit.index_select(0, launcher.rows.order)
+        launcher.scan(hidden, first, slice(0, problem.shape.vocabulary), tables, above, rank=rank)
     assert statistics.target_rank is not None
     statistics.target_rank.index_copy_(0, launcher.rows.order.long(), rank.long())
     return launcher, tables, statistics

@@ -245,4 +245,4 @@ def combine_kernel(
             tl.store(smooth_out + place, smooth, mask=inside)
         if PREDICT:
             tl.store(prediction + place, chosen.to(tl.int64), mask=inside)
-            tl.store(peak_out + place, best * LN2, mask=inside)
+            tl.store(peak_out + place, tl.where(counts, best * LN2, 0.0), mask=inside)
