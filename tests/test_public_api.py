@@ -21,12 +21,15 @@ PUBLIC_FUNCTIONS = [
     logitless.check_targets,
     logitless.count_tokens,
     logitless.linear_cross_entropy,
+    logitless.patch,
     logitless.plan,
     logitless.sampling_report,
     logitless.token_statistics,
+    logitless.unpatch,
 ]
 PUBLIC = [
     "LinearCrossEntropyLoss",
+    "Patched",
     "Plan",
     "Sampled",
     "SamplingReport",
@@ -34,9 +37,11 @@ PUBLIC = [
     "check_targets",
     "count_tokens",
     "linear_cross_entropy",
+    "patch",
     "plan",
     "sampling_report",
     "token_statistics",
+    "unpatch",
 ]
 
 
@@ -149,6 +154,7 @@ def test_optional_imports_are_seen():
 # Modules in the order of their arrows: each may import from its own rank and from those after it.
 RANKS = (
     {"cli", "__main__", "demo", "bench"},
+    {"integrations"},
     {"functional", "module", "report"},
     {"compiled"},
     {"validation", "objective", "planning", "operators"},

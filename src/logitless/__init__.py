@@ -9,6 +9,9 @@ from logitless.functional import check_targets as check_targets
 from logitless.functional import count_tokens as count_tokens
 from logitless.functional import linear_cross_entropy as linear_cross_entropy
 from logitless.functional import token_statistics as token_statistics
+from logitless.integrations.causal_lm import Patched as Patched
+from logitless.integrations.causal_lm import patch as patch
+from logitless.integrations.causal_lm import unpatch as unpatch
 from logitless.module import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from logitless.options import Sampled as Sampled
 from logitless.planning import Plan as Plan
@@ -18,6 +21,7 @@ from logitless.report import sampling_report as sampling_report
 
 __all__ = [
     "LinearCrossEntropyLoss",
+    "Patched",
     "Plan",
     "Sampled",
     "SamplingReport",
@@ -25,8 +29,10 @@ __all__ = [
     "check_targets",
     "count_tokens",
     "linear_cross_entropy",
+    "patch",
     "plan",
     "sampling_report",
     "token_statistics",
+    "unpatch",
 ]
 __version__ = "0.1.0.dev0"

@@ -1,0 +1,1 @@
+"""Recipes for libraries that have a head and a loss of their own."""

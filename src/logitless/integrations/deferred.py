@@ -1,0 +1,380 @@
+"""Logits that are not computed until somebody needs one: what a patched head hands to its model's own code.
+
+``DeferredLogits`` remembers what they would be, ``bound * tanh(sum_i factor_i (hidden_i W_i^T + bias_i) / bound)``, or
+the sum alone where nothing bounds it, and follows the model through what models do between head and loss: casts,
+scales, a softcap, the shift by a token, flattening, the sum of a head and its low-rank adapter. Cross-entropy of them
+is ``linear_cross_entropy``. Anything else gets the real logits, computed then, so that results are never wrong; only
+the memory is spent after all.
+
+N tokens of any leading shape, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logitless.functional import linear_cross_entropy
+from logitless.integrations.adapted import joined
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product that logits are the sum of.
+
+    Attributes:
+        hidden: [..., D].
+        head: a linear layer, weight [V, D] and perhaps a bias [V].
+        factor: of the product and of the bias.
+    """
+
+    hidden: Tensor
+    head: nn.Linear
+    factor: float = 1.0
+
+
+@dataclass
+class Record:
+    """What became of the deferred logits of a model.
+
+    Attributes:
+        losses: of each cross-entropy that was computed without logits, what the logits would have been.
+        computed: the operation that each time needed the real ones.
+    """
+
+    losses: list[DeferredLogits] = field(default_factory=list)
+    computed: list[str] = field(default_factory=list)
+
+
+class Evaluation:
+    """Work that needs the parameters of a head, to be done within the head's ``forward``.
+
+    FSDP and ZeRO gather a layer's parameters before its ``forward``, and before its backward pass, and free them after.
+    """
+
+    def __init__(self, work: Callable[[], Tensor]) -> None:
+        """Nothing is done yet."""
+        self.work = work
+
+
+class DeferredLogits:
+    """[..., V] logits, not computed; see the module.
+
+    Any attribute, operator or torch function that is not among the ones followed computes the real logits, once, and
+    goes on with these.
+    """
+
+    def __init__(
+        self,
+        terms: tuple[Term, ...],
+        dtype: torch.dtype,
+        options: dict[str, Any],
+        record: Record | None = None,
+        bound: float | None = None,
+    ) -> None:
+        """Logits of the terms as a tensor of ``dtype``.
+
+        ``options`` are those of ``linear_cross_entropy``; what becomes of the logits is written down in ``record``.
+        """
+        self._terms, self._bound = terms, bound
+        self._options, self._record = options, record
+        self._tensor: Tensor | None = None
+        self.dtype = dtype
+
+    # --- what they would be -------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., V]."""
+        first = self._terms[0]
+        return torch.Size((*first.hidden.shape[:-1], first.head.out_features))
+
+    @property
+    def device(self) -> torch.device:
+        """That of the hidden states."""
+        return self._terms[0].hidden.device
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return self._terms[0].hidden.ndim
+
+    @property
+    def bound(self) -> float | None:
+        """The softcap, or None."""
+        return self._bound
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Of the terms."""
+        return tuple(term.factor for term in self._terms)
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        """As of a tensor."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __len__(self) -> int:
+        """As of a tensor."""
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        """Says that they are not computed."""
+        return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    # --- what models do with them -------------------------------------------------------------------------------------
+
+    def _like(self, **changes: Any) -> DeferredLogits:
+        known: dict[str, Any] = {"terms": self._terms, "dtype": self.dtype, "bound": self._bound, **changes}
+        return DeferredLogits(options=self._options, record=self._record, **known)
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> DeferredLogits:
+        """The same change of all leading dimensions of the hidden states."""
+        return self._like(terms=tuple(replace(term, hidden=change(term.hidden)) for term in self._terms))
+
+    def _scaled(self, factor: float) -> DeferredLogits:
+        if self._bound is not None:
+            return self._like(bound=self._bound * factor)
+        return self._like(terms=tuple(replace(term, factor=term.factor * factor) for term in self._terms))
+
+    def float(self) -> Any:
+        """In fp32."""
+        return self.tensor().float() if self._tensor is not None else self._like(dtype=torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """To another dtype, or to the device where they are; else the real ones."""
+        wanted = [*args, *kwargs.values()]
+        dtypes = [value for value in wanted if isinstance(value, torch.dtype)]
+        others = [value for value in wanted if not isinstance(value, (torch.dtype, bool)) and value is not None]
+        here = all(isinstance(value, (str, torch.device)) and torch.device(value) == self.device for value in others)
+        if self._tensor is not None or not here or len(dtypes) > 1:
+            return self.tensor("to").to(*args, **kwargs)
+        return self._like(dtype=dtypes[0]) if dtypes else self
+
+    def contiguous(self) -> Any:
+        """Themselves."""
+        return self if self._tensor is None else self._tensor.contiguous()
+
+    def view(self, *size: Any) -> Any:
+        """Another leading shape; the real ones where V changes."""
+        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        vocabulary = self.shape[-1]
+        if self._tensor is not None or not shape or not all(isinstance(n, int) for n in shape):
+            return self.tensor("view").reshape(*size)
+        if shape[-1] != vocabulary and not (shape[-1] == -1 and math.prod(shape[:-1]) == math.prod(self.shape[:-1])):
+            return self.tensor(f"view{shape}").reshape(*size)
+        return self._rows(lambda hidden: hidden.reshape(*shape[:-1], hidden.shape[-1]))
+
+    reshape = view
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
+        """Leading dimensions into one; the real ones where V is among them."""
+        if self._tensor is not None or end_dim in (-1, self.ndim - 1):
+            return self.tensor("flatten").flatten(start_dim, end_dim)
+        return self._rows(lambda hidden: hidden.flatten(start_dim, end_dim))
+
+    def __getitem__(self, index: Any) -> Any:
+        """Some of the rows; the real ones where entries of the vocabulary are picked."""
+        if self._tensor is None:
+            rows = _index_of_rows(index, self.ndim)
+            if rows is not None:
+                return self._rows(lambda hidden: hidden[rows])
+        return self.tensor(f"__getitem__({_described(index)})")[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Into the real ones, which these are from then on."""
+        self.tensor("__setitem__")[index] = real(value)
+
+    def __mul__(self, other: Any) -> Any:
+        """By a number: a scale."""
+        if self._tensor is not None or not _is_number(other):
+            return self.tensor("*") * real(other)
+        return self._scaled(float(other))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        """By a number: a scale."""
+        if self._tensor is not None or not _is_number(other) or other == 0:
+            return self.tensor("/") / real(other)
+        return self._scaled(1 / float(other))
+
+    def __add__(self, other: Any) -> Any:
+        """Of a head and its adapter: another term."""
+        if self._tensor is None and isinstance(other, DeferredLogits) and self._goes_with(other):
+            return self._like(terms=self._terms + other._terms, dtype=torch.promote_types(self.dtype, other.dtype))
+        return self.tensor("+") + real(other)
+
+    def __radd__(self, other: Any) -> Any:
+        """As ``__add__``."""
+        return self + other
+
+    def _goes_with(self, other: DeferredLogits) -> bool:
+        """Whether the two add up to logits of the same rows with no cap in them."""
+        uncapped = self._bound is None and other._bound is None and other._tensor is None
+        return uncapped and self.shape == other.shape
+
+    def tanh(self) -> Any:
+        """The cap, once."""
+        if self._tensor is not None or self._bound is not None:
+            return self.tensor("tanh").tanh()
+        return self._like(bound=1.0)
+
+    # --- what needs them ----------------------------------------------------------------------------------------------
+
+    def tensor(self, reason: str = "tensor") -> Tensor:
+        """The real logits [..., V], differentiable; computed the first time."""
+        if self._tensor is None:
+            if self._record is not None:
+                self._record.computed.append(reason)
+            self._tensor = _within(self._terms, self._compute)
+        return self._tensor
+
+    def _compute(self) -> Tensor:
+        logits: Tensor | None = None
+        with torch.autocast(self.device.type, enabled=False):
+            for term in self._terms:
+                weight, bias = term.head.weight, term.head.bias
+                hidden = term.hidden.to(torch.promote_types(term.hidden.dtype, weight.dtype))
+                product = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+                product = product if term.factor == 1 else product * term.factor
+                logits = product if logits is None else logits + product
+            assert logits is not None
+            if self._bound is not None:
+                logits = logits.tanh() * self._bound
+        return logits.to(self.dtype)
+
+    def cross_entropy(
+        self,
+        target: Tensor,  # [N]
+        *,
+        weight: Tensor | None,  # [V]
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+    ) -> Tensor:
+        """As ``F.cross_entropy`` of [N, V] logits; in fp32 without the logits."""
+        if self._record is not None:
+            self._record.losses.append(self)
+        smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
+        given = {
+            **self._options,
+            **smoothing,
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "softcap": self._bound,
+        }
+        return _within(self._terms, lambda: self._loss(target, given))
+
+    def _loss(self, target: Tensor, given: dict[str, Any]) -> Tensor:
+        bound = 1.0 if self._bound is None else self._bound
+        factors = [term.factor * bound for term in self._terms]
+        scaled = [
+            term.head.bias if factor == 1 else term.head.bias * factor
+            for term, factor in zip(self._terms, factors, strict=True)
+            if term.head.bias is not None
+        ]
+        bias = sum(scaled[1:], scaled[0]) if scaled else None
+        if len(self._terms) == 1:
+            (term,) = self._terms
+            return linear_cross_entropy(
+                term.hidden, term.head.weight, target, linear_bias=bias, logit_scale=factors[0], **given
+            )
+        hidden, weight = joined(
+            [(term.hidden, term.head.weight, f) for term, f in zip(self._terms, factors, strict=True)]
+        )
+        return linear_cross_entropy(hidden, weight, target, linear_bias=bias, **given)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not followed: of the real logits."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(name), name)
+
+    def __iter__(self) -> Any:
+        """Over the real logits."""
+        return iter(self.tensor("__iter__"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Torch functions of these: those that models use before the loss, and the loss; else of the real logits."""
+        kwargs = kwargs or {}
+        if func is F.cross_entropy:
+            return _cross_entropy(*args, **kwargs)
+        if func is torch.tanh and isinstance(args[0], DeferredLogits):
+            return args[0].tanh()
+        name = getattr(func, "__name__", str(func))
+        return func(*(real(value, name) for value in args), **{key: real(v, name) for key, v in kwargs.items()})
+
+
+def real(value: Any, reason: str = "an operand") -> Any:
+    """Deferred logits computed, also within lists; anything else as it is."""
+    if isinstance(value, DeferredLogits):
+        return value.tensor(reason)
+    if isinstance(value, (list, tuple)):
+        return type(value)(real(item, reason) for item in value)
+    return value
+
+
+def _cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``F.cross_entropy``, whose parameters these are."""
+    indices = isinstance(target, Tensor) and not target.is_floating_point()
+    plain = size_average is None and reduce is None and isinstance(input, DeferredLogits) and input._tensor is None
+    options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    if plain and indices and input.ndim == 2 and target.ndim == 1 and (input.bound is None or input.bound > 0):
+        return input.cross_entropy(target, weight=weight, **options)
+    options |= {"size_average": size_average, "reduce": reduce}
+    return F.cross_entropy(real(input, "cross_entropy"), real(target), weight, **options)
+
+
+def _within(terms: tuple[Term, ...], work: Callable[[], Tensor]) -> Tensor:
+    """Do the work within the ``forward`` of each term's head, or as it is where the model is no longer patched."""
+    if not terms or "forward" not in terms[0].head.__dict__:
+        return work()
+    return terms[0].head(Evaluation(lambda: _within(terms[1:], work)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _index_of_rows(index: Any, dimensions: int) -> Any:
+    """The index as one of leading dimensions, or None where it reaches the last or adds dimensions."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(part is None or isinstance(part, bool) for part in parts):
+        return None
+    used = sum(_dimensions_of(part) for part in parts if part is not Ellipsis)
+    last = parts[-1]
+    if used < dimensions and (last is Ellipsis or not any(part is Ellipsis for part in parts)):
+        return index
+    reaches_last = used == dimensions or any(part is Ellipsis for part in parts)
+    return index if reaches_last and isinstance(last, slice) and last == slice(None) else None
+
+
+def _dimensions_of(part: Any) -> int:
+    """How many dimensions one part of an index takes up."""
+    return part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1
+
+
+def _described(index: Any) -> str:
+    parts = index if isinstance(index, tuple) else (index,)
+    return ", ".join(f"tensor{list(part.shape)}" if isinstance(part, Tensor) else repr(part) for part in parts)
