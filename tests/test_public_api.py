@@ -98,12 +98,13 @@ def test_defaults():
         "group": None,
         "sequence_parallel": False,
         "main_grad": None,
+        "adapter": None,
     }
 
 
 def test_module_has_the_options_of_the_function():
     """All that is not a tensor of the call is fixed when the module is made, and nothing else is."""
-    call = {"input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer", "main_grad"}
+    call = {"input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer", "main_grad", "adapter"}
     function = inspect.signature(logitless.linear_cross_entropy).parameters
     logitless.LinearCrossEntropyLoss(**{name: p.default for name, p in function.items() if name not in call})
     for name in call:

@@ -19,6 +19,7 @@ from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import Backend, FloatOutput, HeadOptions, IntegerOutput, LossOptions, Reduction, Sampled
 
 Normalizer = torch.Tensor | float | None
+Adapter = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def linear_cross_entropy(
     group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
     main_grad: torch.Tensor | None = None,  # [V, D]
+    adapter: Adapter | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of ``linear(input, linear_weight, linear_bias)`` and ``target``, without the logits.
 
@@ -112,6 +114,10 @@ def linear_cross_entropy(
             again.
         main_grad: fp32 [V, D], e.g. ``lm_head.weight.main_grad``: the weight's gradient is added there in the backward
             pass, without a tensor of its own, and ``linear_weight.grad`` stays as it is.
+        adapter: hidden states [..., R] and weight [V, R] of a low-rank adapter of the head: their product is added to
+            that of ``input`` and ``linear_weight``, before ``logit_scale``. Where ``linear_weight`` is frozen its
+            gradient is not formed, in no part; a copy of both weights side by side lives until the backward pass. In
+            the dtype of ``linear_weight``.
 
     Returns:
         The loss: a scalar, or per token with 0 at ignored tokens; fp32, or fp64 for fp64 inputs. With nothing to count
@@ -141,6 +147,8 @@ def linear_cross_entropy(
     with sharding.meeting(given.group) as meeting:
         sampled = validation.check_gradient(gradient)
         head = _checked_head(given, softcap, logit_scale)
+        validation.check_adapter(adapter, input, linear_weight, main_grad)
+        operands = _Operands.of(input, linear_weight, adapter)
         validation.check_scan(sampled, (), sharded=given.group is not None)
         validation.check_reduction(reduction)
         validation.check_index("ignore_index", ignore_index)
@@ -160,6 +168,7 @@ def linear_cross_entropy(
             layout = _meet(
                 meeting,
                 given,
+                operands,
                 call,
                 reduction=reduction,
                 ignore_index=ignore_index,
@@ -170,7 +179,7 @@ def linear_cross_entropy(
     vocabulary = linear_weight.shape[0] if layout is None else layout.vocabulary
     options = LossOptions(reduction, ignore_index, label_smoothing, z_loss)
     tokens = _Tokens.of(target, vocabulary, ignore_index)
-    dtype = _statistics_dtype(_compute_dtype(input, linear_weight))
+    dtype = _statistics_dtype(_compute_dtype(operands.hidden, operands.weight))
 
     class_weight = None if weight is None else weight.to(dtype)
     row_weight = total = None
@@ -190,7 +199,7 @@ def linear_cross_entropy(
     if isinstance(smoothing, torch.Tensor):
         mass = smoothing.sum() if total is None else total / vocabulary
     objective = LossObjective(options, scale, row_weight, mass)
-    (loss,) = _evaluate(input, linear_weight, linear_bias, tokens, objective, smoothing, call, layout)
+    (loss,) = _evaluate(operands, linear_bias, tokens, objective, smoothing, call, layout)
     return loss if reduction != "none" else loss.view(target.shape)
 
 
@@ -210,6 +219,7 @@ def token_statistics(
     group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
     main_grad: torch.Tensor | None = None,  # [V, D]
+    adapter: Adapter | None = None,
 ) -> TokenStatistics:
     """Per-token statistics of a language model's head, without the logits, from one pass.
 
@@ -231,6 +241,7 @@ def token_statistics(
         group: as in ``linear_cross_entropy``; ``target_rank`` takes one collective more forward.
         sequence_parallel: as in ``linear_cross_entropy``.
         main_grad: as in ``linear_cross_entropy``.
+        adapter: as in ``linear_cross_entropy``.
 
     Returns:
         The statistics, in the shape of ``target``.
@@ -251,6 +262,8 @@ def token_statistics(
     with sharding.meeting(given.group) as meeting:
         sampled = validation.check_gradient(gradient)
         head = _checked_head(given, softcap, logit_scale)
+        validation.check_adapter(adapter, input, linear_weight, main_grad)
+        operands = _Operands.of(input, linear_weight, adapter)
         names = validation.check_outputs(outputs)
         validation.check_scan(sampled, names, sharded=given.group is not None)
         validation.check_index("ignore_index", ignore_index)
@@ -259,11 +272,11 @@ def token_statistics(
         call = _CallOptions(head, sampled, budget, backend, main_grad)
         layout = None
         if meeting is not None:
-            layout = _meet(meeting, given, call, outputs=list(names), ignore_index=ignore_index)
+            layout = _meet(meeting, given, operands, call, outputs=list(names), ignore_index=ignore_index)
     tokens = _Tokens.of(target, linear_weight.shape[0] if layout is None else layout.vocabulary, ignore_index)
-    dtype = _statistics_dtype(_compute_dtype(input, linear_weight))
+    dtype = _statistics_dtype(_compute_dtype(operands.hidden, operands.weight))
     objective = StatisticsObjective(names, tokens.counted.to(dtype))
-    values = _evaluate(input, linear_weight, linear_bias, tokens, objective, None, call, layout)
+    values = _evaluate(operands, linear_bias, tokens, objective, None, call, layout)
     return TokenStatistics(**{name: value.view(target.shape) for name, value in zip(names, values, strict=True)})
 
 
@@ -396,6 +409,36 @@ def _statistics_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
+class _Operands:
+    """What the products are of, adapter included.
+
+    Attributes:
+        hidden: [..., D], or [..., D + R].
+        weight: [V, D], or [V, D + R].
+        appended: [V, R] the last columns of ``weight``, where these alone have a gradient; else None.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    appended: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, input: torch.Tensor, linear_weight: torch.Tensor, adapter: Adapter | None) -> _Operands:
+        if adapter is None:
+            return cls(input, linear_weight)
+        low, appended = (part.to(of.dtype) for part, of in zip(adapter, (input, linear_weight), strict=True))
+        hidden = torch.cat((input, low), -1)
+        if linear_weight.requires_grad or not appended.requires_grad or torch.compiler.is_compiling():
+            return cls(hidden, torch.cat((linear_weight, appended), 1))
+        return cls(hidden, torch.cat((linear_weight, appended.detach()), 1), appended)
+
+    @property
+    def trained(self) -> torch.Tensor:
+        """What the weight's gradient is of."""
+        return self.weight if self.appended is None else self.appended
+
+
+@dataclass(frozen=True)
 class _CallOptions:
     """What says how a call is computed, checked.
 
@@ -435,7 +478,11 @@ def _checked_head(given: dtensors.Arguments, softcap: float | None, logit_scale:
 
 
 def _meet(
-    meeting: sharding.Meeting, given: dtensors.Arguments, call: _CallOptions, **options: object
+    meeting: sharding.Meeting,
+    given: dtensors.Arguments,
+    operands: _Operands,
+    call: _CallOptions,
+    **options: object,
 ) -> sharding.Layout:
     """Tell the other ranks what this call is, and hear who has what."""
     input, linear_weight, target = (given.tensors[name] for name in ("input", "linear_weight", "target"))
@@ -447,12 +494,13 @@ def _meet(
             "rows": input.numel() // input.shape[-1],
             "shape of target": list(target.shape),
             "checksum of target": _checksum(target),
-            "hidden size": input.shape[-1],
+            "hidden size": operands.hidden.shape[-1],
             "dtype of input": str(input.dtype),
             "dtype of linear_weight": str(linear_weight.dtype),
             **{f"dtype of {name}": None if tensor is None else str(tensor.dtype) for name, tensor in others.items()},
-            "compute dtype": str(_compute_dtype(input, linear_weight)),
-            "gradients of input, linear_weight, linear_bias": list(_wanted(input, linear_weight, linear_bias)),
+            "compute dtype": str(_compute_dtype(operands.hidden, operands.weight)),
+            "gradients of input, linear_weight, linear_bias": list(_wanted(operands, linear_bias)),
+            "adapter alone trained": operands.appended is not None,
             "softcap": call.head.softcap,
             "logit_scale": call.head.logit_scale,
             "gradient": "exact" if sampled is None else f"Sampled(threshold={sampled.threshold})",
@@ -485,21 +533,18 @@ def _checksum(target: torch.Tensor) -> int | None:
     return zlib.crc32(target.detach().contiguous().numpy().tobytes()) if target.device.type == "cpu" else None
 
 
-def _wanted(
-    input: torch.Tensor, linear_weight: torch.Tensor, linear_bias: torch.Tensor | None
-) -> tuple[bool, bool, bool]:
+def _wanted(operands: _Operands, linear_bias: torch.Tensor | None) -> tuple[bool, bool, bool]:
     """Whether the gradients of hidden states, weight and bias are wanted."""
     recording = torch.is_grad_enabled()
     return (
-        recording and input.requires_grad,
-        recording and linear_weight.requires_grad,
+        recording and operands.hidden.requires_grad,
+        recording and operands.trained.requires_grad,
         recording and linear_bias is not None and linear_bias.requires_grad,
     )
 
 
 def _evaluate(
-    input: torch.Tensor,
-    linear_weight: torch.Tensor,
+    operands: _Operands,
     linear_bias: torch.Tensor | None,
     tokens: _Tokens,
     objective: LossObjective | StatisticsObjective,
@@ -508,11 +553,11 @@ def _evaluate(
     layout: sharding.Layout | None,
 ) -> tuple[torch.Tensor, ...]:
     """Plan the call and make it."""
-    hidden = input.reshape(-1, input.shape[-1])
-    wants = _wanted(hidden, linear_weight, linear_bias)
+    hidden, weight = operands.hidden.reshape(-1, operands.hidden.shape[-1]), operands.weight
+    wants = _wanted(operands, linear_bias)
     main_grad = options.main_grad if wants[1] else None
     sampled, head = options.sampled, options.head
-    compute_dtype = _compute_dtype(input, linear_weight)
+    compute_dtype = _compute_dtype(hidden, weight)
     offsets = None
     if sampled is not None and any(wants):
         offsets = _offsets(tokens.target.shape[0], hidden.device, sampled.generator)
@@ -524,15 +569,16 @@ def _evaluate(
             options.backend, options.workspace, head, threshold, scan, compute_dtype, wants, schedules.forced()
         )  # fmt: skip
         return compiled.apply(
-            hidden, linear_weight, linear_bias, tokens.target, tokens.mask, objective, smoothing, offsets, settings
+            hidden, weight, linear_bias, tokens.target, tokens.mask, objective, smoothing, offsets, settings
         )
     target, shard = tokens.target, None
     if layout is not None:
         target, has_target = layout.own(target)
         shard = sharding.Shard(layout, has_target)
+    trained = operands.trained
     shape = Shape.of(
         hidden,
-        linear_weight,
+        weight,
         tokens.target.shape[0],
         compute_dtype=compute_dtype,
         hidden_gradient=wants[0],
@@ -547,6 +593,7 @@ def _evaluate(
         main_grad=main_grad is not None,
         functional=False,
         sharded=layout is not None,
+        frozen_columns=weight.shape[1] - trained.shape[1],
     )
     plan = _plan(shape, objective.scalar, options, layout)
     call = operators.Call(
@@ -562,9 +609,10 @@ def _evaluate(
         main_grad=main_grad,
         offsets=offsets,
         shard=shard,
+        appended=None if operands.appended is None else trained.dtype,
         gathers_again=layout is not None and _gathers_again(shape, plan, layout, options.workspace),
     )
-    return operators.apply(hidden, linear_weight, linear_bias, call)
+    return operators.apply(hidden, weight, linear_bias, call, operands.appended)
 
 
 def _gathers_again(shape: Shape, plan: planning.Plan, layout: sharding.Layout, workspace: int | None) -> bool:

@@ -7,9 +7,18 @@ from typing import Any
 
 import torch
 
-from logitless.functional import Normalizer, linear_cross_entropy
+from logitless.functional import Adapter, Normalizer, linear_cross_entropy
 
-_TENSORS_OF_A_CALL = {"input", "linear_weight", "target", "linear_bias", "token_weight", "normalizer", "main_grad"}
+_TENSORS_OF_A_CALL = {
+    "input",
+    "linear_weight",
+    "target",
+    "linear_bias",
+    "token_weight",
+    "normalizer",
+    "main_grad",
+    "adapter",
+}
 _PARAMETERS = [
     parameter
     for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
@@ -26,7 +35,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     Args:
         **options: keyword options of ``linear_cross_entropy`` but for ``linear_bias``, ``token_weight``,
-            ``normalizer`` and ``main_grad``, which belong to a call.
+            ``normalizer``, ``main_grad`` and ``adapter``, which belong to a call.
 
     Raises:
         TypeError: an unknown option.
@@ -53,6 +62,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         token_weight: torch.Tensor | None = None,  # [...]
         normalizer: Normalizer = None,
         main_grad: torch.Tensor | None = None,  # [V, D]
+        adapter: Adapter | None = None,
     ) -> torch.Tensor:
         """The loss; arguments as in ``linear_cross_entropy``."""
         return linear_cross_entropy(
@@ -64,6 +74,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             token_weight=token_weight,
             normalizer=normalizer,
             main_grad=main_grad,
+            adapter=adapter,
             **self.options,
         )
 

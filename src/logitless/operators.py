@@ -44,6 +44,7 @@ class Call:
         main_grad: as in ``Problem``.
         offsets: as in ``Problem``.
         shard: this rank's part, where the vocabulary is in shards.
+        appended: dtype of the last columns of the weight, where these alone have a gradient; else None.
         gathers_again: whether hidden states that are sharded too are gathered anew for the backward pass.
     """
 
@@ -59,6 +60,7 @@ class Call:
     main_grad: torch.Tensor | None
     offsets: torch.Tensor | None
     shard: Shard | None = None
+    appended: torch.dtype | None = None
     gathers_again: bool = False
 
     def problem(
@@ -95,9 +97,13 @@ def apply(
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
     call: Call,
+    appended: torch.Tensor | None = None,  # [V, R]
 ) -> tuple[torch.Tensor, ...]:
-    """The objective's outputs: scalars, or [total_rows] with 0 (integers: -1) at rows that do not count."""
-    return _LinearHead.apply(hidden, weight, bias, call)  # type: ignore[no-any-return]
+    """The objective's outputs: scalars, or [total_rows] with 0 (integers: -1) at rows that do not count.
+
+    ``appended`` are the last columns of ``weight`` once more, where their gradient alone is wanted.
+    """
+    return _LinearHead.apply(hidden, weight, bias, call, appended)  # type: ignore[no-any-return]
 
 
 def evaluate(
@@ -211,7 +217,7 @@ def _no_gradients(problem: Problem) -> Gradients:
         hidden=torch.zeros(problem.hidden.shape, dtype=dtype, device=problem.hidden.device)
         if shape.hidden_gradient
         else None,
-        weight=torch.zeros_like(problem.weight, dtype=dtype) if shape.weight_gradient else None,
+        weight=problem.weight.new_zeros(shape.weight_gradient_size, dtype=dtype) if shape.weight_gradient else None,
         bias=None if not shape.bias_gradient or problem.bias is None else torch.zeros_like(problem.bias, dtype=dtype),
     )
 
@@ -219,8 +225,14 @@ def _no_gradients(problem: Problem) -> Gradients:
 class _LinearHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        call: Call,
+        appended: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
+        del appended  # for its gradient
         gathered = hidden if call.shard is None else call.shard.layout.gathered(hidden)
         outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias)
         ctx.call = call
@@ -239,7 +251,10 @@ class _LinearHead(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             connected = [t for t in (hidden, weight, bias, *upstream) if t is not None and t.requires_grad]
             gradients = tuple(None if g is None else _NotTwice.apply(g, *connected) for g in gradients)
-        return (*gradients, None)
+        of_hidden, of_weight, of_bias = gradients
+        if ctx.call.appended is not None:
+            return of_hidden, None, of_bias, None, of_weight
+        return of_hidden, of_weight, of_bias, None, None
 
 
 def _gradients(
@@ -271,7 +286,7 @@ def _gradients(
         packed = call.spread(packed)
     return (
         packed,
-        _handed_on(gradients, "weight", scale, weight.dtype),
+        _handed_on(gradients, "weight", scale, call.appended or weight.dtype),
         None if bias is None else _handed_on(gradients, "bias", scale, bias.dtype),
     )
 

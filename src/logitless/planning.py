@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -253,8 +254,7 @@ def _gradient_bytes(shape: Shape) -> int:
     return (
         shape.hidden_gradient * shape.tokens * shape.hidden * shape.hidden_dtype.itemsize
         + (shape.weight_gradient and not shape.main_grad)
-        * shape.vocabulary
-        * shape.hidden
+        * math.prod(shape.weight_gradient_size)
         * shape.weight_dtype.itemsize
         + shape.bias_gradient * shape.vocabulary * shape.weight_dtype.itemsize
     )

@@ -249,7 +249,7 @@ class Search:
         item, weight_item = shape.product_dtype.itemsize, shape.weight_dtype.itemsize
         if not shape.weight_gradient or shape.main_grad or shape.functional or item > weight_item:
             return schedule
-        if not self._may_keep:
+        if not self._may_keep or shape.frozen_columns:
             return schedule
         window = schedule.window
         elements = max(0, shape.vocabulary - window) * shape.hidden * weight_item // item

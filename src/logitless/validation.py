@@ -7,6 +7,7 @@ import re
 
 import torch
 
+from logitless.dtensors import is_dtensor
 from logitless.options import BACKENDS, ESTIMATED_OUTPUTS, REDUCTIONS, TOKEN_OUTPUTS, Sampled
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -133,6 +134,29 @@ def check_main_grad(main_grad: object, linear_weight: torch.Tensor) -> None:
         raise ValueError(f"main_grad must be on {linear_weight.device} like linear_weight, got {main_grad.device}")
     if not main_grad.is_contiguous():
         raise ValueError("main_grad must be contiguous, got strides " + str(main_grad.stride()))
+
+
+def check_adapter(
+    adapter: object, input: torch.Tensor, linear_weight: torch.Tensor, main_grad: torch.Tensor | None
+) -> None:
+    """Hidden states and weight of a low-rank adapter, or None."""
+    if adapter is None:
+        return
+    if not isinstance(adapter, (tuple, list)) or len(adapter) != 2:
+        raise TypeError(f"adapter must be a pair of tensors, hidden states and weight, got {type(adapter).__name__}")
+    hidden, weight = adapter
+    for name, tensor in (("adapter[0]", hidden), ("adapter[1]", weight)):
+        _floating(name, _tensor(name, tensor))
+        if is_dtensor(tensor):
+            raise TypeError(f"{name} must be a plain tensor, got a DTensor; pass its to_local()")
+        _same_device(name, tensor, input)
+    if weight.ndim != 2 or weight.shape[0] != linear_weight.shape[0]:
+        expected = f"({linear_weight.shape[0]}, R)"
+        raise ValueError(f"adapter[1] must have shape {expected}, rows as linear_weight, got {tuple(weight.shape)}")
+    expected = (*input.shape[:-1], weight.shape[1])
+    _shaped("adapter[0]", hidden, expected, "the leading shape of input, columns as adapter[1]")
+    if main_grad is not None:
+        raise ValueError("main_grad must be None with adapter, for it is a buffer of linear_weight's gradient alone")
 
 
 def check_group(group: object, sequence_parallel: bool) -> None:

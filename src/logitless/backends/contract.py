@@ -73,6 +73,7 @@ class Shape:
         main_grad: whether the weight's gradient is added to an fp32 buffer of the caller's.
         functional: whether what a forward pass leaves must stay as it is, as under torch.compile.
         sharded: whether the vocabulary is that of one rank of several, whose statistics are to be merged.
+        frozen_columns: how many of the weight's first columns are without a gradient where the others have one.
     """
 
     tokens: int
@@ -95,6 +96,7 @@ class Shape:
     main_grad: bool
     functional: bool
     sharded: bool = False
+    frozen_columns: int = 0
 
     @classmethod
     def of(
@@ -138,6 +140,16 @@ class Shape:
     def estimated(self) -> bool:
         """Whether statistics come from a scan in fewer bits, corrected by the blocks that are kept."""
         return self.scan != "input" and self.any_gradient
+
+    @property
+    def trained_columns(self) -> slice:
+        """Columns of the weight that its gradient is of; of the hidden states, those that it is a product of."""
+        return slice(self.frozen_columns, self.hidden)
+
+    @property
+    def weight_gradient_size(self) -> tuple[int, int]:
+        """Of the weight's gradient: [V, D], or [V, fewer]."""
+        return self.vocabulary, self.hidden - self.frozen_columns
 
     @property
     def any_gradient(self) -> bool:
@@ -304,7 +316,10 @@ class AffineCoefficients:
 
 @dataclass
 class Gradients:
-    """Gradients [N, D], [V, D], [V]; None where not wanted. In accumulation dtype until the operator hands them on."""
+    """Gradients [N, D], [V, trained columns], [V]; None where not wanted.
+
+    In accumulation dtype until the operator hands them on.
+    """
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None

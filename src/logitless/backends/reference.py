@@ -178,7 +178,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         assert problem.smoothing is not None
         dz = dz - (1 - r * k) * (coefficients.d[:, None] * problem.smoothing)
 
-    weight_gradient = head.logit_scale * (dz.T @ hidden) if shape.weight_gradient else None
+    weight_gradient = head.logit_scale * (dz.T @ hidden[:, shape.trained_columns]) if shape.weight_gradient else None
     if problem.main_grad is not None and weight_gradient is not None:
         problem.main_grad.add_(weight_gradient)
         weight_gradient = None

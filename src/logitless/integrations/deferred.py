@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logitless.functional import linear_cross_entropy
-from logitless.integrations.adapted import joined
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class DeferredLogits:
 
     def __mul__(self, other: Any) -> Any:
         """By a number: a scale."""
-        if self._tensor is not None or not _is_number(other):
+        if self._tensor is not None or not _is_number(other) or other == 0:
             return self.tensor("*") * real(other)
         return self._scaled(float(other))
 
@@ -277,23 +276,25 @@ class DeferredLogits:
         return _within(self._terms, lambda: self._loss(target, given))
 
     def _loss(self, target: Tensor, given: dict[str, Any]) -> Tensor:
-        bound = 1.0 if self._bound is None else self._bound
-        factors = [term.factor * bound for term in self._terms]
-        scaled = [
-            term.head.bias if factor == 1 else term.head.bias * factor
-            for term, factor in zip(self._terms, factors, strict=True)
+        return linear_cross_entropy(self._terms[0].hidden, self._terms[0].head.weight, target, **self._head(), **given)
+
+    def _head(self) -> dict[str, Any]:
+        """Options of ``linear_cross_entropy`` for what these are, but for the first term's product and the bound.
+
+        Other terms are one low-rank adapter of the first. To be called within the ``forward`` of the heads.
+        """
+        first, *others = self._terms
+        scale = first.factor * (1.0 if self._bound is None else self._bound)
+        biases = [
+            term.head.bias * (scale * (term.factor / first.factor))
+            for term in self._terms
             if term.head.bias is not None
         ]
-        bias = sum(scaled[1:], scaled[0]) if scaled else None
-        if len(self._terms) == 1:
-            (term,) = self._terms
-            return linear_cross_entropy(
-                term.hidden, term.head.weight, target, linear_bias=bias, logit_scale=factors[0], **given
-            )
-        hidden, weight = joined(
-            [(term.hidden, term.head.weight, f) for term, f in zip(self._terms, factors, strict=True)]
-        )
-        return linear_cross_entropy(hidden, weight, target, linear_bias=bias, **given)
+        head = {"logit_scale": scale, "linear_bias": sum(biases[1:], biases[0]) if biases else None}
+        if not others:
+            return head
+        hidden = torch.cat([term.hidden * (term.factor / first.factor) for term in others], -1)
+        return {**head, "adapter": (hidden, torch.cat([term.head.weight for term in others], 1))}
 
     def __getattr__(self, name: str) -> Any:
         """What is not followed: of the real logits."""

@@ -148,7 +148,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         weight_gradient = new_weight_gradient(problem) if problem.main_grad is None else problem.main_grad
     hidden_adder = PartialSum(projection, shape.tokens)
     weight_writer = PartialSum(projection, min(schedule.backward_window, shape.vocabulary))
-    buffer = None
+    buffer, trained = None, projection.hidden[:, shape.trained_columns]
     for number, columns in enumerate(slices(shape.vocabulary, schedule.backward_window)):
         place = left.place(number)
         size = (shape.tokens, columns.stop - columns.start)
@@ -174,9 +174,9 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         if weight_gradient is not None:
             raw[hit, local] = entries[hit].to(raw.dtype)
             if problem.main_grad is None:
-                weight_writer.write(weight_gradient[columns], raw.T, projection.hidden)
+                weight_writer.write(weight_gradient[columns], raw.T, trained)
             else:
-                weight_writer.add(weight_gradient[columns], raw.T, projection.hidden)
+                weight_writer.add(weight_gradient[columns], raw.T, trained)
     if problem.main_grad is None:
         gradients.weight = weight_gradient
     if gradients.hidden is not None:
@@ -228,7 +228,7 @@ class _Chunks:
         self._buffers = [projection.buffer(schedule.rows * shape.vocabulary) for _ in range(count)]
         self.gradients = new_gradients(projection)
         if shape.weight_gradient:
-            self.gradients.weight = new_accumulator(projection, shape.vocabulary)
+            self.gradients.weight = new_accumulator(projection, *shape.weight_gradient_size)
         self._hidden_adder = PartialSum(projection, schedule.rows)
         self._weight_adder = PartialSum(projection, min(PARTIAL, shape.vocabulary))
 
@@ -247,7 +247,7 @@ class _Chunks:
     def add_gradient(self, raw: torch.Tensor, rows: slice, part: Statistics, whole: Statistics) -> None:
         """A chunk's gradient, in place of what ``scan`` left, into those of hidden states, weight and bias."""
         problem, projection, gradients = self._problem, self._projection, self.gradients
-        hidden, target = projection.hidden[rows], problem.target[rows]
+        trained, target = projection.hidden[rows, problem.shape.trained_columns], problem.target[rows]
         coefficients = self._ahead.rows(rows).at(whole.logsumexp)
         values = RowValues(whole.logsumexp, target, part.target_logit, coefficients)
         if projection.leaves_softmax:
@@ -261,9 +261,9 @@ class _Chunks:
             add_target_rows(gradients.hidden[rows], problem, target, entries)
         if gradients.weight is not None:
             for columns in self._weight_windows:
-                self._weight_adder.add(gradients.weight[columns], raw[:, columns].T, hidden)
-            for some in slices(hidden.shape[0], TARGET_ROWS):
-                gradients.weight.index_add_(0, target[some], hidden[some] * entries[some, None])
+                self._weight_adder.add(gradients.weight[columns], raw[:, columns].T, trained)
+            for some in slices(trained.shape[0], TARGET_ROWS):
+                gradients.weight.index_add_(0, target[some], trained[some] * entries[some, None])
         if gradients.bias is not None:
             projection.add_one_hot_to_bias(gradients.bias, values)
 
@@ -298,11 +298,9 @@ class PartialSum:
         return self._partial[: like.shape[0]]
 
 
-def new_accumulator(projection: Projection, rows: int) -> torch.Tensor:
-    """[rows, D] zeros in the statistics dtype."""
-    return torch.zeros(
-        (rows, projection.hidden.shape[1]), dtype=projection.statistics_dtype, device=projection.hidden.device
-    )
+def new_accumulator(projection: Projection, *size: int) -> torch.Tensor:
+    """Zeros in the statistics dtype."""
+    return torch.zeros(size, dtype=projection.statistics_dtype, device=projection.hidden.device)
 
 
 def new_gradients(projection: Projection) -> Gradients:
@@ -310,18 +308,18 @@ def new_gradients(projection: Projection) -> Gradients:
     shape, device = projection.problem.shape, projection.hidden.device
     bias = torch.zeros(shape.vocabulary, dtype=projection.statistics_dtype, device=device)
     return Gradients(
-        hidden=new_accumulator(projection, shape.tokens) if shape.hidden_gradient else None,
+        hidden=new_accumulator(projection, shape.tokens, shape.hidden) if shape.hidden_gradient else None,
         weight=None,
         bias=bias if shape.bias_gradient else None,
     )
 
 
 def new_weight_gradient(problem: Problem) -> torch.Tensor | None:
-    """[V, D] unwritten, in the weight's dtype; None where not wanted."""
-    weight = problem.weight
-    if not problem.shape.weight_gradient:
+    """[V, trained columns] unwritten, in the weight's dtype; None where not wanted."""
+    shape, weight = problem.shape, problem.weight
+    if not shape.weight_gradient:
         return None
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return torch.empty(shape.weight_gradient_size, dtype=weight.dtype, device=weight.device)
 
 
 # Rows of the weight gathered at a time: enough to fill the machine, few enough to be small beside a tile.

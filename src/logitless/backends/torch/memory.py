@@ -146,7 +146,7 @@ def _chunked(shape: Shape, schedule: Schedule) -> int:
         total += (rows if shape.hidden_gradient else 0) * shape.hidden * item
         total += (min(PARTIAL, shape.vocabulary) if shape.weight_gradient else 0) * shape.hidden * item
     if shape.weight_gradient and shape.weight_dtype != shape.statistics_dtype:
-        total += shape.vocabulary * shape.hidden * shape.statistics_dtype.itemsize
+        total += math.prod(shape.weight_gradient_size) * shape.statistics_dtype.itemsize
     return total
 
 

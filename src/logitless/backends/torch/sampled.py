@@ -139,7 +139,7 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
     rank_one = None if coefficients.d is None else SmoothingRankOne(problem, coefficients.d)
     group = Group(projection, problem, statistics, coefficients, pairs)
     product = PartialSum(projection, BLOCK)
-    block_sum = new_accumulator(projection, min(BLOCK, shape.vocabulary))
+    block_sum = new_accumulator(projection, min(BLOCK, shape.vocabulary), shape.weight_gradient_size[1])
     starts: list[int] = pairs.starts.tolist()
     for block, columns in enumerate(slices(shape.vocabulary, BLOCK)):
         groups = range(starts[block], starts[block + 1], GROUP_ROWS)
@@ -152,9 +152,9 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
             if gradients.hidden is not None:
                 group.add_to_hidden(gradients.hidden)
             if gradients.weight is not None and alone:
-                product.write(gradients.weight[columns], group.restored_targets().T, group.hidden)
+                product.write(gradients.weight[columns], group.restored_targets().T, group.trained)
             elif gradients.weight is not None:
-                product.add(weight_sum, group.restored_targets().T, group.hidden)
+                product.add(weight_sum, group.restored_targets().T, group.trained)
         if gradients.weight is not None and not alone:
             if rank_one is not None:
                 rank_one.add_to_weight(weight_sum, columns)
@@ -184,6 +184,8 @@ class Group:
 
     hidden: torch.Tensor
     """[R, D] gathered rows, padded with zeros to ``ROW_MULTIPLE``."""
+    trained: torch.Tensor
+    """Their columns that the weight's gradient is a product of."""
 
     def __init__(
         self,
@@ -195,6 +197,7 @@ class Group:
     ) -> None:
         """For the pairs of a forward pass."""
         self._projection, self._tokens = projection, problem.shape.tokens
+        self._trained_columns = problem.shape.trained_columns
         self._rows = pairs.rows.long()
         self._values = _pair_values(problem, statistics, coefficients, pairs)
         block_of = torch.repeat_interleave(pairs.starts.diff().to(self._rows.device))
@@ -218,6 +221,7 @@ class Group:
         self.hidden = self._hidden_buffer[: -(-count // ROW_MULTIPLE) * ROW_MULTIPLE]
         torch.index_select(self._projection.hidden, 0, self._rows_here, out=self.hidden[:count])
         self.hidden[count:].zero_()
+        self.trained = self.hidden[:, self._trained_columns]
         self._raw = self._projection.multiply(self.hidden, columns, self._buffer)
         self._projection.softmax_gradient_(self._raw[:count], columns, self._values.rows(pairs), bias_gradient)
         hits = slice(bisect_left(self._hit_list, pairs.start), bisect_left(self._hit_list, pairs.stop))
@@ -270,7 +274,11 @@ class SmoothingRankOne:
 
     def add_to_weight(self, gradient: torch.Tensor, columns: slice) -> None:
         """To the rows ``columns`` of the weight gradient."""
-        gradient.addr_(smoothing_weights(self._problem, columns), self._row_sum, alpha=-self._scale)
+        gradient.addr_(
+            smoothing_weights(self._problem, columns),
+            self._row_sum[self._problem.shape.trained_columns],
+            alpha=-self._scale,
+        )
 
     def add_to_hidden(self, gradient: torch.Tensor) -> None:
         """To the gradient of the hidden states, [N, D]."""

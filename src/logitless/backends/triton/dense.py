@@ -198,7 +198,7 @@ class _Accumulators:
         if shape.weight_gradient and self.weight is None:
             self.weight = problem.main_grad
         if shape.weight_gradient and self.weight is None:
-            self.weight = launcher.empty(shape.vocabulary, shape.hidden, dtype=shape.weight_dtype)
+            self.weight = launcher.empty(*shape.weight_gradient_size, dtype=shape.weight_dtype)
         self.bias = torch.zeros(shape.vocabulary, device=launcher.device) if shape.bias_gradient else None
 
     def add(self, hidden: torch.Tensor, gradient: torch.Tensor, columns: slice) -> None:
@@ -207,7 +207,8 @@ class _Accumulators:
             weight = self._launcher.weight[columns]
             multiply(gradient, weight, self.hidden, add=self._started, scale=self._scale)
         if self.weight is not None:
-            multiply(gradient.T, hidden, self.weight[columns], add=self._add_weight, scale=self._scale)
+            trained = hidden[:, self._launcher.shape.trained_columns]
+            multiply(gradient.T, trained, self.weight[columns], add=self._add_weight, scale=self._scale)
         if self.bias is not None:
             sum_columns(gradient, self.bias[columns])
         self._started = True

@@ -87,7 +87,7 @@ def _weight_copy(shape: Shape) -> int:
 
 def _weight_gradient(shape: Shape) -> int:
     wanted = shape.weight_gradient and not shape.main_grad
-    return shape.vocabulary * shape.hidden * shape.weight_dtype.itemsize if wanted else 0
+    return math.prod(shape.weight_gradient_size) * shape.weight_dtype.itemsize if wanted else 0
 
 
 def _hidden_gradient(shape: Shape) -> int:
@@ -173,7 +173,7 @@ def _chunked(shape: Shape, schedule: Schedule) -> int:
     if shape.hidden_gradient:
         hidden = 4 * shape.tokens * shape.hidden
     if shape.weight_gradient:
-        weight = 4 * shape.vocabulary * shape.hidden
+        weight = 4 * math.prod(shape.weight_gradient_size)
     # In fp32 while chunks come; then rounded one after the other, the hidden states' first, unless fp32 is wanted.
     multiplying = total + hidden + weight - _hidden_gradient(shape) - _weight_gradient(shape)
     in_place = torch.float32 if not shape.functional else None

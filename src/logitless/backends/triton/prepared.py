@@ -64,11 +64,11 @@ def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstrea
     gradient = buffer[:, : shape.vocabulary]
     weight_gradient = hidden_gradient = bias_gradient = None
     if shape.weight_gradient:
-        rows = _empty(problem, shape.tokens, shape.hidden, dtype=shape.compute_dtype)
-        scale_rows(problem.hidden, problem.counted, upstream, rows)
+        rows = _empty(problem, shape.tokens, shape.weight_gradient_size[1], dtype=shape.compute_dtype)
+        scale_rows(problem.hidden[:, shape.trained_columns], problem.counted, upstream, rows)
         result = problem.main_grad
         if result is None:
-            weight_gradient = result = _empty(problem, shape.vocabulary, shape.hidden, dtype=shape.weight_dtype)
+            weight_gradient = result = _empty(problem, *shape.weight_gradient_size, dtype=shape.weight_dtype)
         multiply(gradient.T, rows, result, add=problem.main_grad is not None, scale=scale)
         del rows
     if shape.hidden_gradient:
@@ -93,12 +93,12 @@ def forward_with_gradients(
     buffer = _empty(problem, at_a_time, padded(shape.vocabulary), dtype=shape.compute_dtype)
     counted, cleared = problem.counted, None
     if counted is not None:
-        cleared = _empty(problem, at_a_time, shape.hidden, dtype=shape.compute_dtype)
+        cleared = _empty(problem, at_a_time, shape.weight_gradient_size[1], dtype=shape.compute_dtype)
     hidden_gradient = weight_gradient = bias_gradient = None
     if shape.hidden_gradient:
         hidden_gradient = _empty(problem, shape.tokens, shape.hidden)
     if shape.weight_gradient:
-        weight_gradient = _empty(problem, shape.vocabulary, shape.hidden)
+        weight_gradient = _empty(problem, *shape.weight_gradient_size)
         if shape.tokens == 0:
             weight_gradient.zero_()
     if shape.bias_gradient:
@@ -110,9 +110,11 @@ def forward_with_gradients(
         if hidden_gradient is not None:
             multiply(gradient, weight, hidden_gradient[rows], add=False, scale=scale)
         if weight_gradient is not None:
-            here = hidden[rows]
+            here = hidden[rows, shape.trained_columns]
             if counted is not None and cleared is not None:
-                here = scale_rows(problem.hidden[rows], counted[rows], None, cleared[: here.shape[0]])
+                here = scale_rows(
+                    problem.hidden[rows, shape.trained_columns], counted[rows], None, cleared[: here.shape[0]]
+                )
             multiply(gradient.T, here, weight_gradient, add=rows.start > 0, scale=scale)
         if bias_gradient is not None:
             sum_columns(gradient, bias_gradient)

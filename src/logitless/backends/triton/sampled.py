@@ -295,16 +295,17 @@ class _Grouped:
         shape, problem, tile = self._shape, self._problem, self._weight_tile
         weight = bias = None
         if shape.weight_gradient and problem.main_grad is None:
-            weight = self._empty(shape.vocabulary, shape.hidden, dtype=shape.weight_dtype)
+            weight = self._empty(*shape.weight_gradient_size, dtype=shape.weight_dtype)
         if shape.bias_gradient:
             bias = self._empty(shape.vocabulary)
         result = weight if problem.main_grad is None else problem.main_grad
         rank_one = None
         if d is not None and shape.weight_gradient:
-            rank_one = self._weighted_sum(problem.hidden, d)
-        grid = (ceil_div(shape.hidden, tile.columns) if shape.weight_gradient else 1, self._blocks)
+            rank_one = self._weighted_sum(problem.hidden, d)[shape.trained_columns]
+        columns = shape.weight_gradient_size[1]
+        grid = (ceil_div(columns, tile.columns) if shape.weight_gradient else 1, self._blocks)
         pair_weight_gradient_kernel[grid](
-            self._hidden,
+            self._hidden[:, shape.trained_columns],
             gradient,
             self._pairs,
             self._starts,
@@ -314,7 +315,7 @@ class _Grouped:
             or_other(rank_one, gradient),
             gradient if d is None else d.sum(),
             self._hidden.stride(0),
-            shape.hidden,
+            columns,
             shape.vocabulary,
             self._uniform,
             problem.head.logit_scale,
