@@ -18,6 +18,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logitless import validation
@@ -88,7 +89,7 @@ class _State:
 
 @dataclass
 class _Trial:
-    """One forward pass while a patch is tried.
+    """One forward pass while a patch is tried, with logits in fp32 at least.
 
     Attributes:
         deferred: whether heads return deferred logits.
@@ -268,10 +269,11 @@ def _head_forward(self: nn.Linear, input: Any) -> Any:
         return nn.Linear.forward(self, real(input))
     trial = state.trial
     if trial is not None:
-        input = input.detach().requires_grad_()
+        input = input.detach().to(torch.promote_types(input.dtype, torch.float32)).requires_grad_()
         trial.leaves.append(input)
         if not trial.deferred:
-            logits = nn.Linear.forward(self, input)
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            logits = F.linear(input, self.weight.to(input.dtype), bias)
             trial.largest = max(trial.largest, logits.detach().abs().max().item())
             return logits
     kind = input.device.type
@@ -374,9 +376,13 @@ def _differences(plain: _Outcome, ours: _Outcome) -> tuple[float, float]:
 
 
 def _allowed(state: _State, plain: _Outcome) -> float:
-    """What rounding may do: a logit is off by half an ulp of itself, which moves its share of the softmax as much."""
+    """What rounding may do to a gradient.
+
+    It is rounded to the dtype of its tensor. Logits are in fp32; a few roundings of the size of the largest move its
+    share of the softmax as much.
+    """
     eps = max(torch.finfo(head.weight.dtype).eps for head in state.heads.values())
-    return 4 * eps * (1 + plain.largest) + 1e-5
+    return eps + 16 * torch.finfo(torch.float32).eps * (1 + plain.largest)
 
 
 def _example(model: nn.Module, state: _State) -> dict[str, Any]:
