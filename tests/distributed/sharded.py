@@ -1,11 +1,13 @@
 """Calls of the library on the shards of a problem, and mistakes: what the processes of a group run.
 
-Everything here can be pickled and is the same on every rank, which cuts its part out of the whole problem.
+Everything here can be pickled and is the same on every rank, which cuts its part out of the whole problem. Tensors are
+on the CPU; where a rank works on a GPU, calls take their arguments there and bring results and gradients back.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from workers import Member
+from workers import CPU, Member
 
 import logitless
-from implementations import REFERENCE, Implementation
+from implementations import REFERENCE, Implementation, moved
 from logitless.options import FLOAT_OUTPUTS, TOKEN_OUTPUTS
 from problems import Case, Problem, generator
 from tolerance import Results, loss_and_gradients, statistics_and_gradients, upstream_for
@@ -26,12 +28,28 @@ Function = Literal["loss", "statistics"]
 # Arguments with one row for each vocabulary entry.
 PER_ENTRY = ("linear_bias", "weight")
 
-# Each rank's share of the vocabulary, or of the tokens.
+# Each rank's share of the vocabulary, or of the tokens; of eight ranks only GPUs have them.
 SHARES = {
     2: {"even": (1, 1), "uneven": (1, 6), "empty": (0, 1)},
     3: {"even": (1, 1, 1), "uneven": (3, 1, 2), "empty": (1, 0, 2)},
     4: {"even": (1, 1, 1, 1), "uneven": (5, 1, 2, 4), "empty": (0, 3, 0, 1)},
+    8: {"even": (1,) * 8, "uneven": (5, 1, 2, 4, 3, 1, 7, 2), "empty": (0, 3, 0, 1, 2, 2, 0, 1)},
 }
+
+
+def on(device: torch.device, function: Callable) -> Callable:
+    """A function of tensors, of tensors on the CPU: it takes them to the device, and what it returns back."""
+    if device.type == "cpu":
+        return function
+
+    def call(*args, **options) -> Tensor | logitless.TokenStatistics:
+        there = {name: moved(value, device) for name, value in options.items()}
+        found = function(*(moved(value, device) for value in args), **there)
+        if isinstance(found, Tensor):
+            return found.cpu()
+        return replace(found, **{name: moved(value, "cpu") for name, value in vars(found).items()})
+
+    return call
 
 
 def bounds(count: int, shares: tuple[int, ...]) -> list[int]:
@@ -105,13 +123,14 @@ class Call:
 
     def __call__(self, member: Member) -> Results:
         parallel = {"group": member.group, "sequence_parallel": self.token_shares is not None}
-        return self.results(shard(self.problem(), self.shares, self.token_shares, member.rank), **parallel)
+        mine = shard(self.problem(), self.shares, self.token_shares, member.rank)
+        return self.results(mine, member.device, **parallel)
 
-    def alone(self) -> Results:
+    def alone(self, device: torch.device = CPU) -> Results:
         """The same in one process, with the whole weight."""
-        return self.results(self.problem())
+        return self.results(self.problem(), device)
 
-    def results(self, problem: Problem, **parallel) -> Results:
+    def results(self, problem: Problem, device: torch.device, **parallel) -> Results:
         """Outputs and gradients by name, with those in ``main_grad`` under the weight's name."""
         options = {
             "backend": self.implementation.backend,
@@ -119,55 +138,55 @@ class Call:
             "workspace": self.workspace,
             **parallel,
         }
-        buffer = torch.zeros(problem.linear_weight.shape) if self.main_grad else None
         with self.implementation.forced(), self.implementation.grad_mode():
             if self.implementation.strategy == "loss_only":
-                return self.without_gradients(problem, **options)
+                return self.without_gradients(problem, device, **options)
             if self.main_grad:
-                return self.added(problem, buffer, **options)
-            return self.with_gradients(problem, **options)
+                return self.added(problem, device, **options)
+            return self.with_gradients(problem, device, **options)
 
-    def without_gradients(self, problem: Problem, **options) -> Results:
+    def without_gradients(self, problem: Problem, device: torch.device, **options) -> Results:
         if self.function == "loss":
-            return {"loss": problem.call(logitless.linear_cross_entropy, **options)}
-        return by_name(problem.call(logitless.token_statistics, outputs=TOKEN_OUTPUTS, **options))
+            return {"loss": problem.call(on(device, logitless.linear_cross_entropy), **options)}
+        return by_name(problem.call(on(device, logitless.token_statistics), outputs=TOKEN_OUTPUTS, **options))
 
-    def with_gradients(self, problem: Problem, **options) -> Results:
+    def with_gradients(self, problem: Problem, device: torch.device, **options) -> Results:
         if self.function == "statistics":
-            return all_statistics(problem, **options)
+            return all_statistics(problem, device, **options)
         if self.backwards > 1:
-            return self.retained(problem, **options)
-        return loss_and_gradients(logitless.linear_cross_entropy, problem, **options)
+            return self.retained(problem, device, **options)
+        return loss_and_gradients(on(device, logitless.linear_cross_entropy), problem, **options)
 
-    def retained(self, problem: Problem, **options) -> Results:
+    def retained(self, problem: Problem, device: torch.device, **options) -> Results:
         """The gradients of the last of several backward passes through one graph."""
-        loss = problem.call(logitless.linear_cross_entropy, **options)
+        loss = problem.call(on(device, logitless.linear_cross_entropy), **options)
         leaves = problem.leaves()
         for _ in range(self.backwards):
             found = torch.autograd.grad(loss, list(leaves.values()), upstream_for(loss), retain_graph=True)
         return {"loss": loss.detach(), **dict(zip(leaves, found, strict=True))}
 
-    def added(self, problem: Problem, buffer: Tensor, **options) -> Results:
+    def added(self, problem: Problem, device: torch.device, **options) -> Results:
         """With the weight's gradient added to a buffer, twice, to see that what is there stays."""
+        buffer = torch.zeros(problem.linear_weight.shape, device=device)
         others = {name: leaf for name, leaf in problem.leaves().items() if name != "linear_weight"}
         for _ in range(2):
-            loss = problem.call(logitless.linear_cross_entropy, main_grad=buffer, **options)
+            loss = problem.call(on(device, logitless.linear_cross_entropy), main_grad=buffer, **options)
             loss.backward(upstream_for(loss))
         assert problem.linear_weight.grad is None
         gradients = {name: leaf.grad / 2 for name, leaf in others.items()}
-        return {"loss": loss.detach(), "linear_weight": buffer / 2, **gradients}
+        return {"loss": loss.detach(), "linear_weight": buffer.cpu() / 2, **gradients}
 
 
 def by_name(statistics: logitless.TokenStatistics) -> Results:
     return {name: getattr(statistics, name) for name in TOKEN_OUTPUTS}
 
 
-def all_statistics(problem: Problem, **options) -> Results:
+def all_statistics(problem: Problem, device: torch.device, **options) -> Results:
     """All statistics from one call, and the gradients for a different upstream gradient of each float."""
     whole: Results = {}
 
     def floats(*args, **given) -> Results:
-        whole.update(by_name(logitless.token_statistics(*args, outputs=TOKEN_OUTPUTS, **given)))
+        whole.update(by_name(on(device, logitless.token_statistics)(*args, outputs=TOKEN_OUTPUTS, **given)))
         return {name: whole[name] for name in FLOAT_OUTPUTS}
 
     results = statistics_and_gradients(floats, problem, **options)
@@ -199,7 +218,7 @@ class Ties:
         hidden = torch.eye(self.tokens).requires_grad_()
         weight = self.scores().T.contiguous().requires_grad_()
         with self.implementation.forced(), self.implementation.grad_mode():
-            statistics = logitless.token_statistics(
+            statistics = on(member.device, logitless.token_statistics)(
                 hidden,
                 weight,
                 self.target(),
@@ -257,16 +276,16 @@ class Counted:
         options = {"backend": call.implementation.backend, "gradient": call.implementation.gradient}
         with call.implementation.forced(), call.implementation.grad_mode():
             with Collectives() as forward:
-                loss = self.loss(problem, group=group, sequence_parallel=sequence_parallel, **options)
+                loss = self.loss(problem, member.device, group=group, sequence_parallel=sequence_parallel, **options)
             with Collectives() as backward:
                 if loss.requires_grad:
                     torch.autograd.grad(loss, list(problem.leaves().values()))
         return {"forward": forward.kinds, "backward": backward.kinds}
 
-    def loss(self, problem: Problem, **options) -> Tensor:
+    def loss(self, problem: Problem, device: torch.device, **options) -> Tensor:
         if self.call.function == "loss":
-            return problem.call(logitless.linear_cross_entropy, **options)
-        return problem.call(logitless.token_statistics, outputs=self.outputs, **options).nll.sum()
+            return problem.call(on(device, logitless.linear_cross_entropy), **options)
+        return problem.call(on(device, logitless.token_statistics), outputs=self.outputs, **options).nll.sum()
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -290,7 +309,8 @@ class Draws:
             "group": member.group,
             "sequence_parallel": self.call.token_shares is not None,
         }
-        draws = [loss_and_gradients(logitless.linear_cross_entropy, problem, **options) for _ in range(self.number)]
+        loss = on(member.device, logitless.linear_cross_entropy)
+        draws = [loss_and_gradients(loss, problem, **options) for _ in range(self.number)]
         return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
 
@@ -314,7 +334,7 @@ class Arguments:
     function: Function = "loss"
     options: dict[str, object] = field(default_factory=dict)
 
-    def __call__(self, group: dist.ProcessGroup) -> Tensor:
+    def __call__(self, member: Member) -> Tensor:
         random = generator(31)
         rows = self.tokens if self.rows is None else self.rows
         hidden = torch.randn(rows, self.hidden, generator=random).to(self.dtype).requires_grad_(self.input_gradient)
@@ -328,10 +348,10 @@ class Arguments:
             "token_weight": torch.ones(self.tokens),
             "main_grad": torch.zeros(self.entries, self.hidden),
         }
-        options = {**self.options, **{name: neutral[name] for name in self.given}, "group": group}
+        options = {**self.options, **{name: neutral[name] for name in self.given}, "group": member.group}
         if self.function == "statistics":
-            return logitless.token_statistics(*arguments, **options).nll.sum()
-        return logitless.linear_cross_entropy(*arguments, **options).sum()
+            return on(member.device, logitless.token_statistics)(*arguments, **options).nll.sum()
+        return on(member.device, logitless.linear_cross_entropy)(*arguments, **options).sum()
 
 
 @dataclass(frozen=True)
@@ -341,7 +361,7 @@ class Mistake:
     by_rank: tuple[Arguments, ...]
 
     def __call__(self, member: Member) -> Results:
-        loss = self.by_rank[member.rank](member.group)
+        loss = self.by_rank[member.rank](member)
         loss.backward()
         return {"loss": loss.detach()}
 
@@ -362,7 +382,7 @@ class Halves:
         half = member.size // 2
         groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, member.size)))]
         own, rank = divmod(member.rank, half)
-        return self.calls[own](Member(rank, half, groups[own]))
+        return self.calls[own](replace(member, rank=rank, size=half, group=groups[own]))
 
 
 # --- the processes themselves -----------------------------------------------------------------------------------------
@@ -376,7 +396,7 @@ def stumble(member: Member) -> Results:
 
 
 def in_step(member: Member) -> Results:
-    total = torch.tensor(float(member.rank))
+    total = torch.tensor(float(member.rank), device=member.device)
     dist.all_reduce(total, group=member.group)
     return {"total": total}
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
-from workers import Member, Outcome
+from workers import CPU, Member, Outcome
 
 import logitless
 from problems import generator
@@ -34,21 +34,24 @@ OPTIONS = {"label_smoothing": 0.125, "z_loss": 2.0**-7, "softcap": 5.0}
 Results = dict[str, Tensor]
 
 
-def whole_problem() -> dict[str, Tensor]:
-    return {
+def whole_problem(device: torch.device = CPU) -> dict[str, Tensor]:
+    problem = {
         "input": torch.randn(TOKENS, HIDDEN, generator=generator(1)),
         "linear_weight": torch.randn(VOCABULARY, HIDDEN, generator=generator(2)),
         "target": torch.randint(VOCABULARY, (TOKENS,), generator=generator(3)),
         "linear_bias": torch.randn(VOCABULARY, generator=generator(4)),
         "weight": torch.rand(VOCABULARY, generator=generator(5)) + 0.5,
     }
+    return {name: tensor.to(device) for name, tensor in problem.items()}
 
 
-def alone() -> Results:
-    """The loss, over its sum of class weights, and gradients of one process in fp64."""
+def alone(ignored: bool = False) -> Results:
+    """The loss, over its sum of class weights, and gradients of one process in fp64; some tokens ignored, or none."""
     problem = {
         name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in whole_problem().items()
     }
+    if ignored:
+        problem["target"][::5] = -100
     leaves = {name: problem[name].requires_grad_() for name in ("input", "linear_weight", "linear_bias")}
     loss = logitless.linear_cross_entropy(**problem, **OPTIONS)
     loss.backward()
@@ -74,8 +77,8 @@ class Placed:
         return f"mesh {self.sizes}, hidden {self.hidden}, weight {self.weight}{kind}"
 
     def __call__(self, member: Member) -> Results:
-        mesh = init_device_mesh("cpu", self.sizes)
-        problem = whole_problem()
+        mesh = init_device_mesh(member.device.type, self.sizes)
+        problem = whole_problem(member.device)
         total = logitless.count_tokens(problem["target"], weight=problem["weight"])
         # Targets go with the tokens, but are the same where hidden states are to be gathered.
         gathered = self.sequence_parallel and self.weight[-1] == "0"
@@ -138,8 +141,8 @@ class Model(nn.Module):
         return logitless.linear_cross_entropy(hidden, self.head.weight, target, **options)
 
 
-def text() -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=generator(8))
+def text(device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=generator(8)).to(device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -183,8 +186,8 @@ class Trained:
         return ", ".join(words)
 
     def __call__(self, member: Member) -> Results:
-        mesh = init_device_mesh("cpu", (self.data, self.tensor), mesh_dim_names=("data", "tensor"))
-        model, (tokens, target) = Model(self.tied), text()
+        mesh = init_device_mesh(member.device.type, (self.data, self.tensor), mesh_dim_names=("data", "tensor"))
+        model, (tokens, target) = Model(self.tied).to(member.device), text(member.device)
         if self.tensor > 1:
             tensor_parallel(model, mesh["tensor"], self.sequence)
             if self.tied:
@@ -213,12 +216,45 @@ TRAINED = {
 
 
 @dataclass(frozen=True)
+class Arriving:
+    """Hidden states straight from a layer whose all-reduce may still run, as a plain tensor and as a DTensor."""
+
+    def __call__(self, member: Member) -> list[Results]:
+        mesh = init_device_mesh(member.device.type, (member.size,))
+        return [self.once(mesh, plain_output) for plain_output in (True, False)]
+
+    def once(self, mesh: DeviceMesh, plain_output: bool) -> Results:
+        device = torch.device(mesh.device_type)
+        body, weight = self.body().to(device), whole_problem(device)["linear_weight"]
+        last = RowwiseParallel(output_layouts=Replicate(), use_local_output=plain_output)
+        parallelize_module(body, mesh, {"0": ColwiseParallel(), "1": last})
+        weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+        tokens = {name: whole_problem(device)[name] for name in ("input", "target")}
+        group = mesh.get_group() if plain_output else None
+        loss = logitless.linear_cross_entropy(body(tokens["input"]), weight, tokens["target"], group=group)
+        loss.backward()
+        inner = body[0].weight.grad.full_tensor()
+        return {"loss": loss.detach(), "linear_weight": weight.grad.full_tensor(), "inner": inner}
+
+    def body(self) -> nn.Sequential:
+        torch.manual_seed(9)
+        return nn.Sequential(nn.Linear(HIDDEN, 32, bias=False), nn.Linear(32, HIDDEN, bias=False))
+
+    def alone(self) -> Results:
+        body, problem = self.body().double(), whole_problem()
+        weight = problem["linear_weight"].double().requires_grad_()
+        loss = logitless.linear_cross_entropy(body(problem["input"].double()), weight, problem["target"])
+        loss.backward()
+        return {"loss": loss.detach(), "linear_weight": weight.grad, "inner": body[0].weight.grad}
+
+
+@dataclass(frozen=True)
 class Refused:
     """Calls that do not say what they mean."""
 
     def __call__(self, member: Member) -> list[str]:
-        mesh = init_device_mesh("cpu", (member.size,))
-        problem = whole_problem()
+        mesh = init_device_mesh(member.device.type, (member.size,))
+        problem = whole_problem(member.device)
         weight = distribute_tensor(problem["linear_weight"], mesh, [Shard(0)])
         hidden = distribute_tensor(problem["input"], mesh, [Replicate()])
         across = distribute_tensor(problem["input"], mesh, [Shard(1)])
@@ -241,14 +277,14 @@ class Counting:
     """Tokens that ranks have of their own, counted together, and micro-batches accumulated."""
 
     def __call__(self, member: Member) -> Results:
-        problem = whole_problem()
+        problem = whole_problem(member.device)
         problem["target"][::5] = -100
         leaves = {name: problem[name].requires_grad_() for name in ("input", "linear_weight", "linear_bias")}
         own = slice(member.rank * TOKENS // member.size, (member.rank + 1) * TOKENS // member.size)
         target = problem["target"][own]
         total = logitless.count_tokens(target, weight=problem["weight"], group=member.group)
         others = {name: problem[name] for name in ("linear_weight", "linear_bias", "weight")}
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=member.device)
         for rows in (slice(0, 3), slice(3, None)):
             part = logitless.linear_cross_entropy(
                 leaves["input"][own][rows], target=target[rows], normalizer=total, **others, **OPTIONS
@@ -262,7 +298,7 @@ class Counting:
 
 
 def cases_of(size: int) -> dict[str, Callable[[Member], Any]]:
-    cases = [*PLACED[size], *TRAINED[size], Refused(), Counting()]
+    cases = [*PLACED[size], *TRAINED[size], Arriving(), Refused(), Counting()]
     return {str(case) if isinstance(case, (Placed, Trained)) else type(case).__name__: case for case in cases}
 
 
@@ -299,6 +335,12 @@ def test_training(ran, case):
         check(found, trained_alone(case.tied))
 
 
+def test_hidden_states_on_their_way(ran):
+    for both in workers.values(ran(2)["Arriving"]):
+        for found in both:
+            check(found, Arriving().alone())
+
+
 def test_what_is_refused(ran):
     for plain_hidden, plain_weight, across in workers.values(ran(2)["Refused"]):
         assert plain_hidden.startswith("TypeError: input must be a DTensor where linear_weight is one")
@@ -310,13 +352,5 @@ def test_what_is_refused(ran):
 @pytest.mark.parametrize("size", [2, 4])
 def test_tokens_counted_together(ran, size):
     """Losses and gradients of parts, each over the count of all tokens, add up to those of one call."""
-    problem = {
-        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in whole_problem().items()
-    }
-    problem["target"][::5] = -100
-    leaves = {name: problem[name].requires_grad_() for name in ("input", "linear_weight", "linear_bias")}
-    loss = logitless.linear_cross_entropy(**problem, **OPTIONS)
-    loss.backward()
-    expected = {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
     for found in workers.values(ran(size)["Counting"]):
-        check(found, expected)
+        check(found, alone(ignored=True))

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import workers
+from comparison import check
 from sharded import Call
 from workers import Outcome
 
 pytest.importorskip("triton")
 
-from test_vocabulary_parallel import BUSY, check
+from test_vocabulary_parallel import BUSY
 
 from implementations import Implementation
 from problems import Case

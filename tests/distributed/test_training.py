@@ -24,12 +24,14 @@ SCRIPT = Path(__file__).with_name("training.py")
 LIMIT = 120
 
 
-def command(text: Path, folder: Path, task: str, data: int, tensor: int, head: str = "exact") -> list[str]:
+def command(
+    text: Path, folder: Path, task: str, data: int, tensor: int, head: str = "exact", device: str = "cpu"
+) -> list[str]:
     count = data * tensor
     started = [sys.executable]
     if count > 1:
         started += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return [*started, str(SCRIPT), str(text), str(folder), task, str(data), str(tensor), head]
+    return [*started, str(SCRIPT), str(text), str(folder), task, str(data), str(tensor), head, device]
 
 
 def train(*arguments, **options) -> subprocess.CompletedProcess:
@@ -53,11 +55,14 @@ def assert_same_curve(folder: Path, alone: Path) -> None:
             assert mine[name] == (None if other[name] is None else pytest.approx(other[name], rel=2e-5)), name
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
+def write_text(path: Path) -> Path:
     path.write_text("\n\n".join(f"Sentence {n} of {n * n} says {n % 7} and {n % 11}." for n in range(400)))
     return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +125,7 @@ def test_what_cannot_be_divided(text, tmp_path):
 
 
 def one_process(text: Path, folder: Path, data: int, tensor: int, head: str = "exact") -> subprocess.CompletedProcess:
-    words = [sys.executable, str(SCRIPT), str(text), str(folder / "run"), "new", str(data), str(tensor), head]
+    words = [sys.executable, str(SCRIPT), str(text), str(folder / "run"), "new", str(data), str(tensor), head, "cpu"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

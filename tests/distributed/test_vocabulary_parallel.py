@@ -1,13 +1,10 @@
 """A head sharded over the ranks of a group gives what one process with the whole head gives.
 
-The processes of one world size are started once and run all its cases; each test then looks at one of them. Bounds are
-those of ``tolerance``, with the single-process result in the place of plain PyTorch: a parallel result may be as far
-from fp64 as that one is, and a few roundings of another order of summation.
+The processes of one world size are started once and run all its cases; each test then looks at one of them.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import workers
+from comparison import (
+    baseline_of,
+    check,
+    check_drawn_loss,
+    check_integers,
+    check_refusal,
+    check_unbiased,
+    joined,
+)
 from sharded import (
     SHARES,
     Arguments,
@@ -36,7 +42,6 @@ from torch import Tensor
 from workers import Member, Outcome
 
 import logitless
-import plain
 from implementations import (
     CHUNKED,
     LOSS_ONLY,
@@ -48,17 +53,17 @@ from implementations import (
     WINDOWED,
     Implementation,
 )
-from logitless.options import BLOCK, INTEGER_OUTPUTS, TOKEN_OUTPUTS
+from logitless.options import BLOCK, TOKEN_OUTPUTS
 from problems import LOSS_FACTORS, STATISTICS_FACTORS, Case, all_pairs
-from test_sampled import DRAWS, assert_unbiased
-from tolerance import Baseline, Results, accumulation_dtype, loss_baseline, statistics_baseline
+from test_sampled import DRAWS
+from tolerance import Results
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
 ]
 
-WORLDS = tuple(SHARES)
+WORLDS = (2, 3, 4)
 # Seconds after which the processes of a world are killed, and in which a mistake must be found.
 LIMIT = 150
 SOON = 5
@@ -239,7 +244,8 @@ WEIGHTED = replace(SIMPLE, class_weight=True)
 FROZEN = replace(SIMPLE, frozen=("input",))
 SAMPLED_WHOLE = replace(SAMPLED, rows=32)  # more than all tokens
 REDUCED, SCATTERED = ["all-reduce"], ["reduce-scatter"]
-COUNTS: dict[str, tuple[int, list[str], Call, tuple[str, ...]]] = {
+Count = tuple[int, list[str], Call, tuple[str, ...]]
+COUNTS: dict[str, Count] = {
     **{str(way): (1, REDUCED, Call(SIMPLE, (), way), ("nll",)) for way in (REFERENCE, STORED, WINDOWED, SAMPLED_WHOLE)},
     "torch-sampled, rows in parts": (1, REDUCED, Call(SIMPLE, (), SAMPLED), ("nll",)),
     "one chunk": (1, REDUCED, Call(SIMPLE, (), replace(CHUNKED, rows=17)), ("nll",)),
@@ -274,14 +280,14 @@ COUNTS: dict[str, tuple[int, list[str], Call, tuple[str, ...]]] = {
 }
 
 
-def counted(size: int) -> dict[str, Counted]:
-    """Seventeen tokens are never even: sequence parallel cases have eighteen or, in four parts, twenty."""
+def counted(size: int, counts: dict[str, Count] = COUNTS) -> dict[str, Counted]:
+    """Seventeen tokens are never even: sequence parallel cases have the next number that is, such as eighteen."""
     cases = {}
-    for name, (_, _, call, outputs) in COUNTS.items():
+    for name, (_, _, call, outputs) in counts.items():
         call = replace(call, shares=SHARES[size]["uneven"])
         if name.startswith("sequence parallel"):
             layout = "uneven" if "uneven" in name else "even"
-            tokens = 20 if size == 4 else 18
+            tokens = 17 + -17 % size
             call = replace(call, token_shares=SHARES[size][layout], case=replace(call.case, leading=(tokens,)))
         cases[f"later call, {name}"] = Counted(call, outputs)
         cases[f"first call, {name}"] = Counted(call, outputs, first=True)
@@ -448,99 +454,6 @@ def each(names: dict[int, dict[str, object]]) -> pytest.MarkDecorator:
 each_world = pytest.mark.parametrize("size", WORLDS)
 
 
-# --- comparison -------------------------------------------------------------------------------------------------------
-
-
-def token_errors(call: Call) -> float:
-    """What the errors of the tokens' losses in one process, and four ulps of each, add up to in a reduced loss.
-
-    As in ``loss_baseline``: where they cancel in one process, they need not in several.
-    """
-    problem = call.problem()
-    divisor = plain.denominator(
-        problem.target,
-        weight=problem.options.get("weight"),
-        reduction=call.case.reduction,
-        normalizer=problem.options.get("normalizer"),
-    )
-    tokens = problem.with_options(reduction="none", normalizer=None)
-    with torch.no_grad():
-        losses = tokens.call(logitless.linear_cross_entropy, backend=call.implementation.backend)
-        exact = tokens.to(torch.float64).call(plain.linear_cross_entropy)
-    ulps = 4 * torch.finfo(accumulation_dtype(problem)).eps * exact.abs()
-    return ((losses.double() - exact).abs() + ulps).sum().item() / divisor if divisor else 0.0
-
-
-@lru_cache
-def single_process(call: Call) -> Baseline:
-    """Plain PyTorch in fp64, and one process with the whole weight, whose error is the bound."""
-    problem, ours = call.problem(), call.alone()
-    known = loss_baseline(problem) if call.function == "loss" else statistics_baseline(problem)
-    names = [name for name in known.exact if name in ours]
-    # A logit of -inf is no term of the sums that the other form takes; this one has the same dtype.
-    accumulated = known.accumulated if call.masked_shard is None else known.plain
-    reduced = call.function == "loss" and call.case.reduction != "none"
-    return Baseline(
-        exact={name: known.exact[name] for name in names},
-        plain={name: ours[name] for name in names},
-        accumulated={name: accumulated[name] for name in names},
-        plain_error={"loss": token_errors(call)} if reduced else {},
-    )
-
-
-def baseline_of(call: Call) -> Baseline:
-    """That of a call does not depend on how it is sharded, but for the shard that is masked."""
-    masked = call.masked_shard is not None
-    return single_process(replace(call, shares=call.shares if masked else (1,), token_shares=None, workspace=None))
-
-
-OUTPUTS = ("loss", *TOKEN_OUTPUTS)
-
-
-def assert_same_bits(results: list[Results]) -> None:
-    """All ranks have the same outputs."""
-    for name in OUTPUTS:
-        if name not in results[0]:
-            continue
-        for rank, result in enumerate(results):
-            assert torch.equal(result[name], results[0][name]), f"{name} differs between rank 0 and rank {rank}"
-
-
-def joined(call: Call, results: list[Results], rank: int) -> Results:
-    """A rank's results, with the gradients of what is sharded put together again."""
-    sharded = ["linear_weight", "linear_bias", *(["input"] if call.token_shares else [])]
-    together = {name: torch.cat([result[name] for result in results]) for name in sharded if name in results[0]}
-    return {name: value for name, value in {**results[rank], **together}.items() if name not in INTEGER_OUTPUTS}
-
-
-def check(call: Call, outcomes: list[Outcome]) -> None:
-    """The same outputs on all ranks, and outputs and gradients of each as exact as those of one process."""
-    results = workers.values(outcomes)
-    assert_same_bits(results)
-    for rank in range(len(results)):
-        baseline_of(call).check(joined(call, results, rank))
-
-
-def check_integers(call: Call, result: Results) -> None:
-    """The prediction has the largest logit and the rank counts the larger logits, up to rounding of two logits."""
-    problem = call.problem()
-    exact = problem.to(torch.float64)
-    logits = plain.logits(exact.input, exact.linear_weight, **exact.options).detach()
-    target, kept = problem.target.flatten(), problem.target.flatten() != -100
-    prediction, rank = result["prediction"].flatten(), result["target_rank"].flatten()
-    assert result["prediction"].shape == result["target_rank"].shape == problem.target.shape
-    assert prediction.dtype == rank.dtype == torch.int64
-    assert (prediction[~kept] == -1).all()
-    assert (rank[~kept] == -1).all()
-    logits, target, prediction, rank = logits[kept], target[kept], prediction[kept], rank[kept]
-    # Product, bias, scale and cap are each rounded at most once, to an ulp of the dtype.
-    slack = 4 * torch.finfo(call.case.dtype).eps * logits.abs().amax(1, keepdim=True)
-    assert (logits.gather(1, prediction[:, None]) >= logits.amax(1, keepdim=True) - slack).all()
-    at_target = logits.gather(1, target[:, None])
-    assert ((logits > at_target + slack).sum(1) <= rank).all()
-    assert (rank <= (logits > at_target - slack).sum(1)).all()
-
-
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
@@ -640,8 +553,8 @@ def test_some_workspace_serves(ran, size):
 # --- collectives ------------------------------------------------------------------------------------------------------
 
 
-def check_counts(outcomes: list[Outcome], name: str) -> None:
-    forward, backward, *_ = COUNTS[name]
+def check_counts(outcomes: list[Outcome], count: Count) -> None:
+    forward, backward, *_ = count
     for kinds in workers.values(outcomes):
         assert len(kinds["forward"]) == forward, kinds
         assert "all-gather" in kinds["forward"], kinds
@@ -651,13 +564,13 @@ def check_counts(outcomes: list[Outcome], name: str) -> None:
 @each_world
 @pytest.mark.parametrize("name", COUNTS)
 def test_collectives(ran, size, name):
-    check_counts(ran(size)[f"count later call, {name}"], name)
+    check_counts(ran(size)[f"count later call, {name}"], COUNTS[name])
 
 
 @each_world
 @pytest.mark.parametrize("name", COUNTS)
 def test_collectives_of_a_first_call(ran, size, name):
-    check_counts(ran(size)[f"count first call, {name}"], name)
+    check_counts(ran(size)[f"count first call, {name}"], COUNTS[name])
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -674,24 +587,12 @@ def draws_of(ran: Callable, name: str) -> tuple[Call, list[Results]]:
 
 @each_draw
 def test_sampled_gradient_is_unbiased(ran, name):
-    """The mean of K draws comes closer to the exact gradient as 1 / sqrt(K), for K up to 256: see ``test_sampled``."""
-    call, results = draws_of(ran, name)
-    exact = baseline_of(call).exact
-    for which in call.problem().leaves():
-        whole_on_each = which == "input" and not call.token_shares
-        draws = results[0][which] if whole_on_each else torch.cat([result[which] for result in results], 1)
-        assert_unbiased(draws.double(), exact[which].double())
+    check_unbiased(*draws_of(ran, name))
 
 
 @each_draw
 def test_sampled_loss_is_exact(ran, name):
-    """It has the exact loss's error and does not depend on the draw."""
-    call, results = draws_of(ran, name)
-    for result in results:
-        assert (result["loss"] == results[0]["loss"][0]).all()
-    baseline = baseline_of(call)
-    only_loss = {kind: {"loss": getattr(baseline, kind)["loss"]} for kind in ("exact", "plain", "accumulated")}
-    replace(baseline, **only_loss).check({"loss": results[0]["loss"][0]})
+    check_drawn_loss(*draws_of(ran, name))
 
 
 @each_whole_draw
@@ -714,19 +615,9 @@ def test_seeds_decide_the_gradient(ran):
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def unnamed(message: str, patterns: list[str]) -> list[str]:
-    """The patterns that do not stand in the message as words, or numbers, of their own."""
-    return [pattern for pattern in patterns if not re.search(rf"(?<![\w.-])(?:{pattern})(?!\w)", message)]
-
-
 @each(MISTAKES)
 def test_mistakes(ran, size, name):
-    """A ValueError on all ranks, soon, that names what is wrong."""
-    for rank, outcome in enumerate(ran(size)[f"mistake {name}"]):
-        assert "ValueError" in outcome.kinds, f"rank {rank}: {outcome.trace or 'no error'}"
-        missing = unnamed(outcome.message, MISTAKES[size][name][1])
-        assert not missing, f"rank {rank}: {missing} not in {outcome.message!r}"
-        assert outcome.seconds < SOON, f"rank {rank}"
+    check_refusal(ran(size)[f"mistake {name}"], MISTAKES[size][name][1], SOON)
 
 
 @each_world

@@ -23,7 +23,6 @@ TINY = replace(
     eval_every=3,
     eval_tokens=128,
     checkpoint_every=2,
-    device="cpu",
     dtype="float32",
 )
 
@@ -33,12 +32,12 @@ def bytes_tokenizer() -> Tokenizer:
     return Tokenizer("bytes", 301, 256, lambda text: list(text.encode()))
 
 
-def main(text: str, folder: str, task: str, data: str, tensor: str, head: str) -> int:
-    division = Division(int(data), int(tensor))
+def main(text: str, folder: str, task: str, data: str, tensor: str, head: str, device: str) -> int:
+    division, base = Division(int(data), int(tensor)), replace(TINY, device=device)
     given = {"text": text, "head": head} if task == "new" else {}
     try:
         resume = task == "resume"
-        return run_training(given, Path(folder), resume, TINY, Console(width=120), bytes_tokenizer, division)
+        return run_training(given, Path(folder), resume, base, Console(width=120), bytes_tokenizer, division)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

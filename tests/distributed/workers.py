@@ -3,6 +3,8 @@
 A process takes seconds to start, so one set of processes runs many cases, each a function of a ``Member`` that returns
 tensors. A case that raises leaves its exception as its outcome. All ranks wait for one another after each case, and get
 a fresh group where one of them failed, so that the next case starts in step.
+
+They work on CPUs with gloo, or on one GPU each with NCCL.
 """
 
 from __future__ import annotations
@@ -25,19 +27,21 @@ from torch import multiprocessing
 
 # What the processes may take to start, in seconds.
 START_LIMIT = 60
-# What a collective waits for ranks that do not take part.
-COLLECTIVE_LIMIT = 10
-# What a rank waits for the others after a case: each of them may have waited in several collectives.
-STEP_LIMIT = 4 * COLLECTIVE_LIMIT
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+# What a collective waits for ranks that do not take part. On a GPU one rank may be compiling kernels meanwhile, and a
+# wait that is too long ends the process.
+COLLECTIVE_LIMIT = {"cpu": 10, "cuda": 90}
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Member:
-    """One process, as a case sees it."""
+    """One process, as a case sees it, with the device of its own that it works on."""
 
     rank: int
     size: int
     group: dist.ProcessGroup
+    device: torch.device = CPU
 
 
 Case = Callable[[Member], Any]
@@ -82,43 +86,50 @@ def attempt(case: Case, member: Member) -> Outcome:
 STARTED = "started"
 
 
-def meet(store: dist.Store, place: str, size: int) -> None:
-    """Wait until all ranks are there."""
+def meet(store: dist.Store, place: str, size: int, limit: timedelta) -> None:
+    """Wait until all ranks are there, each of which may have waited in several collectives."""
     if store.add(f"{place}/arrived", 1) == size:
         store.set(f"{place}/complete", "yes")
-    store.wait([f"{place}/complete"], timedelta(seconds=STEP_LIMIT))
+    store.wait([f"{place}/complete"], 4 * limit)
 
 
-def new_group() -> dist.ProcessGroup:
-    return dist.new_group(timeout=timedelta(seconds=COLLECTIVE_LIMIT))
-
-
-def work(rank: int, size: int, port: int, folder: Path, cases: dict[str, Case]) -> None:
+def work(rank: int, size: int, port: int, folder: Path, cases: dict[str, Case], kind: str) -> None:
     """What each process does: all cases in order, and a file for each outcome."""
     with (folder / f"{rank}.trace").open("w") as trace:
         faulthandler.register(signal.SIGUSR1, trace, all_threads=False)
         try:
-            join_and_run(rank, size, port, folder, cases)
+            join_and_run(rank, size, port, folder, cases, kind)
         except BaseException:
             trace.write(traceback.format_exc())
             raise
 
 
-def join_and_run(rank: int, size: int, port: int, folder: Path, cases: dict[str, Case]) -> None:
+def join_and_run(rank: int, size: int, port: int, folder: Path, cases: dict[str, Case], kind: str) -> None:
     torch.set_num_threads(1)
+    device, bound = CPU, None
+    if kind == "cuda":
+        device = bound = torch.device(kind, rank)
+        torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    limit = timedelta(seconds=COLLECTIVE_LIMIT)
-    dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=limit)
-    group = new_group()
-    meet(store, STARTED, size)
+    limit = timedelta(seconds=COLLECTIVE_LIMIT[kind])
+    dist.init_process_group(
+        BACKENDS[kind],
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=limit,
+        device_id=bound,
+    )
+    group = dist.new_group(timeout=limit)
+    meet(store, STARTED, size, limit)
     for number, case in enumerate(cases.values()):
-        outcome = attempt(case, Member(rank, size, group))
+        outcome = attempt(case, Member(rank, size, group, device))
         save(outcome, folder, rank, number)
         store.add(f"{number}/failed", int(outcome.failed))
-        meet(store, str(number), size)
+        meet(store, str(number), size, limit)
         if store.add(f"{number}/failed", 0):
             dist.destroy_process_group(group)
-            group = new_group()
+            group = dist.new_group(timeout=limit)
     dist.destroy_process_group()
 
 
@@ -133,15 +144,15 @@ def load(folder: Path, rank: int, number: int) -> Outcome:
     """The outcome in its file, or what the process was doing when it ended."""
     path = folder / f"{rank}-{number}.pt"
     if path.exists():
-        return Outcome(**torch.load(path))
+        return Outcome(**torch.load(path, map_location="cpu"))
     trace = folder / f"{rank}.trace"
     doing = trace.read_text() if trace.exists() else ""
     message = f"no outcome: the process ended or was killed before\n{doing}"
     return Outcome(kinds=("Unfinished",), message=message, trace=message)
 
 
-def run(cases: dict[str, Case], size: int, folder: Path, limit: float) -> dict[str, list[Outcome]]:
-    """Run all cases in ``size`` processes; each case's outcomes by rank.
+def run(cases: dict[str, Case], size: int, folder: Path, limit: float, kind: str = "cpu") -> dict[str, list[Outcome]]:
+    """Run all cases in ``size`` processes on devices of a kind, ``"cpu"`` or ``"cuda"``; outcomes by case and rank.
 
     ``limit`` seconds after they started all processes are killed, and the cases not finished have an outcome that says
     where each rank was.
@@ -149,7 +160,8 @@ def run(cases: dict[str, Case], size: int, folder: Path, limit: float) -> dict[s
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=work, args=(rank, size, store.port, folder, cases), daemon=True) for rank in range(size)
+        context.Process(target=work, args=(rank, size, store.port, folder, cases, kind), daemon=True)
+        for rank in range(size)
     ]
     for process in processes:
         process.start()

@@ -1,0 +1,158 @@
+"""Patched models in parallel training over gloo: what each process runs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from small_models import batch, computed, counted, llama
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+from workers import Member
+
+import logitless
+from logitless.integrations.deferred import DeferredLogits
+from tolerance import Results
+
+
+def whole() -> dict[str, Tensor]:
+    """Of all ranks together; how many labels count differs between them."""
+    return batch(4)
+
+
+def layers(model: nn.Module) -> nn.Module:
+    """FSDP2 as it is usually done: each layer, and the root with all the rest."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def with_head(model: nn.Module) -> nn.Module:
+    fully_shard(model.lm_head)
+    return layers(model)
+
+
+def with_norm_and_head(model: nn.Module) -> nn.Module:
+    fully_shard([model.model.norm, model.lm_head])
+    return layers(model)
+
+
+def with_tied_pair(model: nn.Module) -> nn.Module:
+    fully_shard([model.model.embed_tokens, model.lm_head])
+    return layers(model)
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    policy = ModuleWrapPolicy({type(model.model.layers[0])})
+    device = torch.device("cpu")
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=device, auto_wrap_policy=policy)
+
+
+def fsdp1_with_head(model: nn.Module) -> nn.Module:
+    device = torch.device("cpu")
+    model.lm_head = FullyShardedDataParallel(model.lm_head, use_orig_params=True, device_id=device)
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=device)
+
+
+def accelerate_fsdp2(model: nn.Module) -> nn.Module:
+    """As ``Accelerator.prepare`` does it.
+
+    On a CPU accelerate runs plain data parallelism whatever plugin it is given: the state that says so is corrected.
+    """
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for kind in (AcceleratorState, GradientState, PartialState):
+        kind._shared_state.clear()
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size()), "LOCAL_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used: the group is there
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True)
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    prepared, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1.0))
+    return prepared
+
+
+def gradients_of(model: nn.Module) -> Results:
+    """Whole ones, under the names of the model that was wrapped."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {
+        name.removeprefix("module."): p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for name, p in model.named_parameters()
+    }
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """One forward and backward pass of each rank's sequences; the sum of losses, and gradients."""
+
+    wrap: Callable[[nn.Module], nn.Module]
+    tied: bool
+    patched: bool = True
+
+    def __call__(self, member: Member) -> Results:
+        warnings.simplefilter("ignore")
+        model = llama(self.tied)
+        if self.patched:
+            logitless.patch(model)
+        parallel = self.wrap(model)
+        everything = whole()
+        own = {name: tensor[member.rank :: member.size] for name, tensor in everything.items()}
+        with computed() as reasons:
+            output = parallel(**own, num_items_in_batch=counted(everything))
+            # Ranks' gradients are averaged.
+            (output.loss * member.size).backward()
+        assert reasons == []
+        assert isinstance(output.logits, DeferredLogits) == self.patched
+        loss = output.loss.detach().clone()
+        dist.all_reduce(loss)
+        return {"loss": loss, **gradients_of(parallel)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Logits of a sharded model, asked for after the loss, by all ranks."""
+
+    wrap: Callable[[nn.Module], nn.Module]
+
+    def __call__(self, member: Member) -> Tensor:
+        model = llama()
+        logitless.patch(model)
+        output = self.wrap(model)(**whole())
+        return output.logits.detach()
+
+
+def ddp(model: nn.Module) -> Any:
+    return DistributedDataParallel(model)
+
+
+CASES: dict[str, Callable[[Member], Any]] = {
+    "ddp": Parallel(ddp, tied=False),
+    "ddp tied": Parallel(ddp, tied=True),
+    "fsdp2": Parallel(layers, tied=False),
+    "fsdp2 tied": Parallel(layers, tied=True),
+    "fsdp2 head": Parallel(with_head, tied=False),
+    "fsdp2 norm and head": Parallel(with_norm_and_head, tied=False),
+    "fsdp2 tied pair": Parallel(with_tied_pair, tied=True),
+    "fsdp1": Parallel(fsdp1, tied=False),
+    "fsdp1 tied": Parallel(fsdp1, tied=True),
+    "fsdp1 head": Parallel(fsdp1_with_head, tied=False),
+    "accelerate fsdp2": Parallel(accelerate_fsdp2, tied=False),
+    "fsdp2 asked": Asked(layers),
+    "fsdp2 head asked": Asked(with_head),
+}
