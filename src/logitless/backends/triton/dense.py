@@ -191,7 +191,8 @@ class _Accumulators:
         """``weight``: where the weight's gradient goes if it has a place; ``single``: only one window will come."""
         problem, shape = launcher.problem, launcher.shape
         self._launcher, self._scale, self._started = launcher, problem.head.logit_scale, False
-        hidden_dtype = shape.compute_dtype if single and shape.hidden_dtype == shape.compute_dtype else torch.float32
+        rounded = single and shape.hidden_dtype == shape.compute_dtype and not shape.sharded
+        hidden_dtype = shape.compute_dtype if rounded else torch.float32
         self.hidden = launcher.empty(shape.tokens, shape.hidden, dtype=hidden_dtype) if shape.hidden_gradient else None
         self.weight = weight
         self._add_weight = problem.main_grad is not None
@@ -248,7 +249,9 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     del buffer, hidden
     hidden_gradient = None
     if sums.hidden is not None:
-        hidden_gradient = launcher.empty(*sums.hidden.shape, dtype=shape.hidden_dtype)
+        # A shard's is one part of a sum: rounded before, it would be off by a rounding for each rank.
+        dtype = torch.float32 if shape.sharded else shape.hidden_dtype
+        hidden_gradient = launcher.empty(*sums.hidden.shape, dtype=dtype)
         scatter_rows(sums.hidden, launcher.rows, 0, hidden_gradient)
     return Gradients(
         hidden=hidden_gradient,

@@ -68,7 +68,8 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
     accumulator = _hidden_accumulator(shape, _pieces(shape, schedule) == 1)
     multiplying = _hidden(shape, shape.tokens) + shape.tokens * padded(width) * item
     multiplying += _wide_product(shape, max(width, kept.stop - kept.start))
-    backward = left + accumulator + max(0, multiplying - _hidden_gradient(shape))
+    scattered = accumulator if shape.sharded else _hidden_gradient(shape)  # in fp32, to be summed over ranks
+    backward = left + accumulator + max(scattered, multiplying) - _hidden_gradient(shape)
     return fixed + max(forward, backward)
 
 
@@ -108,7 +109,7 @@ def _hidden(shape: Shape, rows: int) -> int:
 def _hidden_accumulator(shape: Shape, single: bool) -> int:
     if not shape.hidden_gradient:
         return 0
-    narrow = single and shape.hidden_dtype == shape.compute_dtype
+    narrow = single and shape.hidden_dtype == shape.compute_dtype and not shape.sharded
     return shape.tokens * shape.hidden * (shape.compute_dtype.itemsize if narrow else 4)
 
 
