@@ -134,8 +134,8 @@ def table() -> str:
         "`logitless.patch` on a tiny random model of every type of language model in transformers "
         f"{transformers.__version__}, in fp32: {count['yes']} work, {count['refused']} are refused, "
         f"{count['not tried']} do not run here\nwith or without logits. The error is the relative difference of the "
-        "gradients of all parameters, taken together, to those of the\nmodel's own code from its logits. A refusal is an "
-        "error that `patch` raises, with this reason; the model is then as it was.",
+        "gradients of all parameters, taken together, to those of the\nmodel's own code from its logits. A refusal is "
+        "an error that `patch` raises, with this reason; the model is then as it was.",
         "Written by `python tests/integrations/support_table.py`; `tests/integrations/test_architectures.py` compares "
         "it with what\nthe installed version gives.",
     ]
