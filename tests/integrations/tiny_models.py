@@ -104,6 +104,7 @@ OVERRIDES: dict[str, Kwargs] = {
     "deepseek_ocr2_text": {**_ROUTED, "mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v2": _ROUTED,
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    "doge": {"is_moe": True},
     "dory": {
         **{"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -127,21 +128,24 @@ OVERRIDES: dict[str, Kwargs] = {
         "downsample_rate": "1/2",
         "vision_config": {"hidden_size": 64},
     },
-    "granitemoehybrid": {**_MAMBA_2, "layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": {**_MAMBA_2, "layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
     "hunyuan_vl_text": {**_rotary(1, 1, 1, 1), "head_dim": HEAD_DIM},
     "inkling_text": {"unpadded_vocab_size": VOCABULARY - 20},
     "inkling_vision": {"patch_size": 4, "num_hidden_layers": 2},
     "led": {"max_encoder_position_embeddings": 512},
+    "jamba": {"use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": HEAD_DIM},
+    "mllama_text_model": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
     "moshi": {"audio_vocab_size": 256, "audio_encoder_config": {"codebook_size": 256}},
     "nemo_speechlm": {"text_config": {"num_key_value_heads": 2}},
     "nemotron_h": _HYBRID_NEMOTRON,
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "nllb-moe": {"output_router_logits": False},
     "paddleocr_vl_text": _rotary(2, 1, 1),
     "paligemma": {"text_config": {"num_key_value_heads": 1}},
     "qwen2_5_omni_text": _rotary(2, 1, 1),
@@ -149,6 +153,8 @@ OVERRIDES: dict[str, Kwargs] = {
     "qwen2_5_vl_text": _rotary(2, 1, 1),
     "qwen2_vl_text": _rotary(2, 1, 1),
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 20},
+    "qwen3_vl_moe_text": _rotary(2, 1, 1),
+    "qwen3_vl_text": _rotary(2, 1, 1),
     "qwen4_exp_text": {
         **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
         **{"indexer_budget": 4, "indexer_compress_ratio": 2},
@@ -168,10 +174,13 @@ OVERRIDES: dict[str, Kwargs] = {
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1] * 7},
     "voxtral": {"text_config": {"num_key_value_heads": 2}},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 5, "layers_block_type": ["linear_attention"] * 2 + ["hybrid"] * 3},
+    "zamba": {"num_hidden_layers": 5, "layers_block_type": ["mamba"] * 2 + ["hybrid"] * 3},
 }
-# What a default configuration that does not pass its own checks must be given.
+_DECODER: Kwargs = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
+# What a default configuration must be given to be one.
 DEFAULTS: dict[str, Kwargs] = {
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": _DECODER},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": _DECODER},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
 }
 # Types that have gradients in training mode alone.
@@ -282,8 +291,10 @@ def _shrunk(config: PretrainedConfig) -> Kwargs:
             given[name] = {**_shrunk(value), **({"model_type": value.model_type} if value.model_type else {})}
         elif name in TRANSFORMS:
             given[name] = TRANSFORMS[name]
-        elif name not in accepted or isinstance(value, bool):
+        elif name not in accepted:
             continue
+        elif isinstance(value, bool):
+            given[name] = value
         elif name in SPECIAL:
             given[name] = SPECIAL[name]
         elif isinstance(value, int) and re.search(r"_(id|index)$", name):
@@ -305,12 +316,15 @@ def _shrunk(config: PretrainedConfig) -> Kwargs:
         given["rope_parameters"] = sections
     if "kv_lora_rank" in attributes and "num_key_value_heads" in attributes:
         given["num_key_value_heads"] = HEADS
-    return _merged(given, OVERRIDES.get(config.model_type, {}))
+    given = _merged(given, OVERRIDES.get(config.model_type, {}))
+    if "rope_parameters" in given and "rope_parameters" not in attributes:  # before transformers 5
+        given["rope_scaling"] = given.pop("rope_parameters")
+    return given
 
 
 def _sections(attributes: Kwargs, given: Kwargs) -> Kwargs | None:
     """Rotary parameters whose sections (time, height, width) share a small head's frequencies."""
-    parameters = attributes.get("rope_parameters")
+    parameters = attributes.get("rope_parameters", attributes.get("rope_scaling"))
     if not parameters or "mrope_section" not in parameters:
         return None
     sizes = {**attributes, **given}
