@@ -196,7 +196,6 @@ def accuracy(predicted: Any) -> dict[str, float]:
     return {"accuracy": float(right.mean()), "shape": float(predicted.predictions.size)}
 
 
-@pytest.mark.xfail(reason="Accelerate pads and gathers tensors alone: TypeError of DeferredLogits", strict=True)
 def test_evaluation_with_metrics(tmp_path):
     ours, plain = (trained(tmp_path, patched=p, evaluate=True, metrics=accuracy) for p in (True, False))
     assert ours.metrics["eval_accuracy"] == plain.metrics["eval_accuracy"]
@@ -204,7 +203,6 @@ def test_evaluation_with_metrics(tmp_path):
     assert ours.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], rel=16 * EPS)
 
 
-@pytest.mark.xfail(reason="Accelerate pads and gathers tensors alone: TypeError of DeferredLogits", strict=True)
 def test_prediction(tmp_path):
     model = llama()
     logitless.patch(model)

@@ -7,6 +7,7 @@ and every bias, scale and softcap shows in the loss.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import zlib
@@ -104,7 +105,7 @@ OVERRIDES: dict[str, Kwargs] = {
     "deepseek_ocr2_text": {**_ROUTED, "mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v2": _ROUTED,
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
-    "doge": {"is_moe": True},
+    "doge": {"output_router_logits": False},
     "dory": {
         **{"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3},
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -120,6 +121,7 @@ OVERRIDES: dict[str, Kwargs] = {
     "glm46v_text": _rotary(2, 1, 1),
     "glm4v_text": _rotary(2, 1, 1),
     "glm4v_moe_text": _rotary(2, 0, 0),
+    "Glm4vMoe_text": _rotary(2, 0, 0),
     "glm5_next_text": {"index_topk": 16},
     "glm_ocr_text": _rotary(2, 1, 1),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -174,7 +176,7 @@ OVERRIDES: dict[str, Kwargs] = {
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1] * 7},
     "voxtral": {"text_config": {"num_key_value_heads": 2}},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 5, "layers_block_type": ["mamba"] * 2 + ["hybrid"] * 3},
+    "zamba": {"use_mamba_kernels": False, "num_hidden_layers": 5, "layers_block_type": ["mamba"] * 2 + ["hybrid"] * 3},
 }
 _DECODER: Kwargs = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 # What a default configuration must be given to be one.
@@ -221,7 +223,7 @@ def config_of(kind: str, model_type: str) -> PretrainedConfig:
     taken = getattr(model_class, "config_class", None)
     if taken is not None and not issubclass(config_class, taken):
         config_class = taken
-    given = _shrunk(config_class(**DEFAULTS.get(model_type, {})))
+    given = _shrunk(config_class(**copy.deepcopy(DEFAULTS.get(model_type, {}))))
     if kind == ENCODER_DECODER or model_type in ("udop", "vision-encoder-decoder"):
         given = {"decoder_start_token_id": 0, "pad_token_id": 0, **given}
     return config_class(**given)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from inspect import ismethod
 from types import MethodType
 from typing import Any
 
@@ -22,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logitless import validation
-from logitless.integrations.deferred import DeferredLogits, Evaluation, Record, Term, real
+from logitless.integrations.deferred import DeferredLogits, EvaluatedLogits, Evaluation, Record, Term, real
 from logitless.options import Backend, Sampled
 
 STATE = "_logitless"
+# Of the functions that are put in the place of a module's own `forward`.
+MARK = "_of_logitless"
 # Shape of the batch that a patch is tried on, and how many of each sequence's labels are ignored.
 TRIED, IGNORED = (2, 8), 3
 
@@ -76,6 +80,7 @@ class _State:
         options: of ``linear_cross_entropy``.
         forward: the model's own.
         heads: the linear layers, by name.
+        number: of the patch, which tells it from others of the same model.
         active: whether the model's ``forward`` is at work with labels.
         trial: while the patch is tried, else None.
     """
@@ -83,6 +88,7 @@ class _State:
     options: dict[str, Any]
     forward: Any
     heads: dict[str, nn.Linear]
+    number: int = field(default_factory=itertools.count().__next__)
     active: bool = False
     trial: _Trial | None = None
 
@@ -151,6 +157,8 @@ def patch(
     inner = _unwrapped(model)
     if STATE in inner.__dict__:
         raise ValueError(f"model is patched already, got a {type(inner).__name__}; call logitless.unpatch(model) first")
+    if "labels" not in inspect.signature(inner.forward).parameters:
+        raise TypeError(f"model must take labels in its forward, got a {type(inner).__name__}, which has no loss")
     heads = _heads(inner)
     state = _State(options, inner.forward, heads)
     _install(inner, state)
@@ -164,6 +172,9 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Undo ``patch``: the model is as it was before.
 
+    A ``forward`` that somebody else has put around ours since, a trainer or an accelerator, stays; ours does nothing
+    within it any more.
+
     Raises:
         ValueError: it is not patched.
     """
@@ -172,8 +183,10 @@ def unpatch(model: nn.Module) -> None:
     if state is None:
         raise ValueError(f"model must be one that logitless.patch was called on, got a {type(inner).__name__}")
     for module in (inner, *state.heads.values()):
-        del module.__dict__["forward"], module.__dict__[STATE]
-    if state.forward != inner.forward:  # it had one of its own
+        del module.__dict__[STATE]
+        if hasattr(getattr(module.forward, "__func__", None), MARK):
+            del module.__dict__["forward"]
+    if "forward" not in inner.__dict__ and state.forward != inner.forward:  # it had one of its own
         inner.forward = state.forward
 
 
@@ -195,8 +208,6 @@ def _unwrapped(model: object) -> nn.Module:
     if not hasattr(inner, "get_output_embeddings"):
         wrapped = "; patch the model before it is wrapped" if hasattr(inner, "module") else ""
         raise TypeError(f"model must have get_output_embeddings(), got a {type(inner).__name__}{wrapped}")
-    if "labels" not in inspect.signature(inner.forward).parameters:
-        raise TypeError(f"model must take labels in its forward, got a {type(inner).__name__}, which has no loss")
     return inner
 
 
@@ -234,11 +245,13 @@ def _within(layer: nn.Module, output: nn.Module) -> bool:
 
 def _install(model: nn.Module, state: _State) -> None:
     """Replace the ``forward`` of the model and its heads, on these instances alone."""
-    own = getattr(state.forward, "__func__", state.forward)
+    own, bound, number = getattr(state.forward, "__func__", state.forward), ismethod(state.forward), state.number
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        here: _State = self._logitless  # type: ignore[assignment]
+        here: _State | None = self.__dict__.get(STATE)
+        if here is None or here.number != number:  # no longer patched, or anew around what was put around this
+            return own(self, *args, **kwargs) if bound else own(*args, **kwargs)
         if not _has_labels(here.forward, args, kwargs):
             return here.forward(*args, **kwargs)
         here.active = True
@@ -247,6 +260,7 @@ def _install(model: nn.Module, state: _State) -> None:
         finally:
             here.active = False
 
+    setattr(forward, MARK, True)
     for module, replaced in ((model, forward), *((head, _head_forward) for head in state.heads.values())):
         module.__dict__[STATE] = state
         module.__dict__["forward"] = MethodType(replaced, module)
@@ -262,10 +276,10 @@ def _has_labels(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _head_forward(self: nn.Linear, input: Any) -> Any:
     """What a patched head returns: logits, or with labels deferred ones."""
-    state: _State = self._logitless  # type: ignore[assignment]
+    state: _State | None = self.__dict__.get(STATE)
     if isinstance(input, Evaluation):
         return input.work()
-    if not state.active:
+    if state is None or not state.active:
         return nn.Linear.forward(self, real(input))
     trial = state.trial
     if trial is not None:
@@ -278,7 +292,12 @@ def _head_forward(self: nn.Linear, input: Any) -> Any:
             return logits
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-    return DeferredLogits((Term(input, self),), dtype, state.options, None if trial is None else trial.record)
+    evaluating = trial is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    logits = EvaluatedLogits if evaluating else DeferredLogits
+    return logits((Term(input, self),), dtype, state.options, None if trial is None else trial.record)
+
+
+setattr(_head_forward, MARK, True)
 
 
 # --- trying a patch ---------------------------------------------------------------------------------------------------
@@ -408,8 +427,10 @@ def _quietly(model: nn.Module, state: _State) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     device = next(iter(state.heads.values())).weight.device
     devices = [device] if device.type == "cuda" else []
+    autocasts = torch.amp.is_autocast_available(device.type)
+    exact = torch.autocast(device.type, enabled=False) if autocasts else nullcontext()
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        with torch.random.fork_rng(devices), torch.enable_grad(), exact:
             model.eval()
             yield
     finally:

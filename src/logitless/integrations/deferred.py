@@ -84,6 +84,10 @@ class DeferredLogits:
         self._terms, self._bound = terms, bound
         self._options, self._record = options, record
         self._tensor: Tensor | None = None
+        self._recording = torch.is_grad_enabled()
+        self._inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        self._versions = _versions(terms)
+        self._shared = False  # rows taken from these, or these from others
         self.dtype = dtype
 
     # --- what they would be -------------------------------------------------------------------------------------------
@@ -134,11 +138,13 @@ class DeferredLogits:
 
     def _like(self, **changes: Any) -> DeferredLogits:
         known: dict[str, Any] = {"terms": self._terms, "dtype": self.dtype, "bound": self._bound, **changes}
-        return DeferredLogits(options=self._options, record=self._record, **known)
+        return type(self)(options=self._options, record=self._record, **known)
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> DeferredLogits:
         """The same change of all leading dimensions of the hidden states."""
-        return self._like(terms=tuple(replace(term, hidden=change(term.hidden)) for term in self._terms))
+        rows = self._like(terms=tuple(replace(term, hidden=change(term.hidden)) for term in self._terms))
+        self._shared = rows._shared = True
+        return rows
 
     def _scaled(self, factor: float) -> DeferredLogits:
         if self._bound is not None:
@@ -159,12 +165,14 @@ class DeferredLogits:
             return self.tensor("to").to(*args, **kwargs)
         return self._like(dtype=dtypes[0]) if dtypes else self
 
-    def contiguous(self) -> Any:
+    def contiguous(self, **options: Any) -> Any:
         """Themselves."""
-        return self if self._tensor is None else self._tensor.contiguous()
+        return self if self._tensor is None and not options else self.tensor("contiguous").contiguous(**options)
 
-    def view(self, *size: Any) -> Any:
+    def view(self, *size: Any, **named: Any) -> Any:
         """Another leading shape; the real ones where V changes."""
+        if named or (size and isinstance(size[0], torch.dtype)):
+            return self.tensor("view").view(*size, **named)
         shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         vocabulary = self.shape[-1]
         if self._tensor is not None or not shape or not all(isinstance(n, int) for n in shape):
@@ -173,7 +181,9 @@ class DeferredLogits:
             return self.tensor(f"view{shape}").reshape(*size)
         return self._rows(lambda hidden: hidden.reshape(*shape[:-1], hidden.shape[-1]))
 
-    reshape = view
+    def reshape(self, *shape: Any, **named: Any) -> Any:
+        """As ``view``."""
+        return self.tensor("reshape").reshape(*shape, **named) if named else self.view(*shape)
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
         """Leading dimensions into one; the real ones where V is among them."""
@@ -190,7 +200,12 @@ class DeferredLogits:
         return self.tensor(f"__getitem__({_described(index)})")[index]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Into the real ones, which these are from then on."""
+        """Into the real ones, which these are from then on.
+
+        Raises:
+            RuntimeError: rows were taken from these before, or these are such rows; the others would not see it.
+        """
+        self._check_unshared("__setitem__")
         self.tensor("__setitem__")[index] = real(value)
 
     def __mul__(self, other: Any) -> Any:
@@ -200,6 +215,37 @@ class DeferredLogits:
         return self._scaled(float(other))
 
     __rmul__ = __mul__
+
+    def __imul__(self, other: Any) -> Any:
+        """In place, so that whoever else has these sees it."""
+        return self._become(self * other, "*=")
+
+    def __itruediv__(self, other: Any) -> Any:
+        """In place, as above."""
+        return self._become(self / other, "/=")
+
+    def __iadd__(self, other: Any) -> Any:
+        """In place, as above."""
+        return self._become(self + other, "+=")
+
+    def __isub__(self, other: Any) -> Any:
+        """In place, as above."""
+        return self._become(self - other, "-=")
+
+    def _become(self, changed: Any, name: str) -> Any:
+        self._check_unshared(name)
+        if isinstance(changed, DeferredLogits):
+            self._terms, self._bound = changed._terms, changed._bound
+        else:
+            self._tensor = changed
+        return self
+
+    def _check_unshared(self, name: str) -> None:
+        if self._shared:
+            raise RuntimeError(
+                f"logits: {name} cannot be followed, for it would not reach the rows taken before, or "
+                "the whole that these are rows of; change them first, or work with logits.tensor()"
+            )
 
     def __truediv__(self, other: Any) -> Any:
         """By a number: a scale."""
@@ -235,7 +281,13 @@ class DeferredLogits:
         if self._tensor is None:
             if self._record is not None:
                 self._record.computed.append(reason)
-            self._tensor = _within(self._terms, self._compute)
+            if self._versions != _versions(self._terms):
+                raise RuntimeError(
+                    "logits: the head's weight has changed since they were deferred, so that they cannot be computed "
+                    "any more; use them before the optimizer's step"
+                )
+            with torch.inference_mode(self._inference), torch.set_grad_enabled(self._recording):
+                self._tensor = _within(self._terms, self._compute)
         return self._tensor
 
     def _compute(self) -> Tensor:
@@ -300,6 +352,8 @@ class DeferredLogits:
         """What is not followed: of the real logits."""
         if name.startswith("__"):
             raise AttributeError(name)
+        if name.endswith("_"):
+            self._check_unshared(name)
         return getattr(self.tensor(name), name)
 
     def __iter__(self) -> Any:
@@ -316,6 +370,44 @@ class DeferredLogits:
             return args[0].tanh()
         name = getattr(func, "__name__", str(func))
         return func(*(real(value, name) for value in args), **{key: real(v, name) for key, v in kwargs.items()})
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    """An operator of the real logits."""
+
+    def operator(self: DeferredLogits, *others: Any) -> Any:
+        return getattr(self.tensor(name), name)(*(real(other) for other in others))
+
+    operator.__doc__ = "Of the real logits."
+    return operator
+
+
+for _name in (
+    *("__sub__", "__rsub__", "__rtruediv__", "__pow__", "__rpow__", "__mod__", "__floordiv__", "__matmul__"),
+    *("__neg__", "__abs__", "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__invert__", "__float__"),
+):
+    setattr(DeferredLogits, _name, _forwarded(_name))
+DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+class EvaluatedLogits(DeferredLogits):
+    """Those of a forward pass without gradients.
+
+    They say that they are a tensor, as code that gathers predictions over batches and processes asks for.
+    """
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """What ``isinstance`` is told."""
+        return Tensor
+
+
+def _versions(terms: tuple[Term, ...]) -> tuple[int, ...]:
+    """Of the heads' parameters: they change when these are written to; empty where versions are not kept."""
+    parameters = [p for term in terms for p in (term.head.weight, term.head.bias) if p is not None]
+    if torch.compiler.is_compiling() or any(parameter.is_inference() for parameter in parameters):
+        return ()
+    return tuple(parameter._version for parameter in parameters)
 
 
 def real(value: Any, reason: str = "an operand") -> Any:
