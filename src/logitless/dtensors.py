@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 if TYPE_CHECKING:
@@ -57,6 +58,18 @@ def is_dtensor(value: object) -> TypeIs[DTensor]:
     """Whether it is a DTensor; the module is not imported for that, since it takes a while."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
+
+
+def arrived(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, once the collective that it comes from is done.
+
+    What `torch.distributed.tensor` hands on may be a tensor in name, whose memory another object holds and whose
+    collective still runs: operations of PyTorch wait for it, a kernel that is given its pointer would not.
+    """
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    if module is not None and isinstance(tensor, module.AsyncCollectiveTensor):
+        return tensor.trigger_wait()  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor
 
 
 def _localised(given: Arguments) -> Arguments:

@@ -15,6 +15,7 @@ import torch
 
 from logitless import backends
 from logitless.backends.contract import Gradients, Problem, Schedule, Shape, Statistics
+from logitless.dtensors import arrived
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import HeadOptions
 from logitless.planning import Plan
@@ -233,6 +234,8 @@ class _LinearHead(torch.autograd.Function):
         appended: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         del appended  # for its gradient
+        hidden, weight = arrived(hidden), arrived(weight)
+        bias = None if bias is None else arrived(bias)
         gathered = hidden if call.shard is None else call.shard.layout.gathered(hidden)
         outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias)
         ctx.call = call
