@@ -116,8 +116,8 @@ def linear_cross_entropy(
             pass, without a tensor of its own, and ``linear_weight.grad`` stays as it is.
         adapter: hidden states [..., R] and weight [V, R] of a low-rank adapter of the head: their product is added to
             that of ``input`` and ``linear_weight``, before ``logit_scale``. Where ``linear_weight`` is frozen its
-            gradient is not formed, in no part; a copy of both weights side by side lives until the backward pass. In
-            the dtype of ``linear_weight``.
+            gradient is not formed, in no part (under torch.compile it is); a copy of both weights side by side lives
+            until the backward pass. In the dtype of ``linear_weight``.
 
     Returns:
         The loss: a scalar, or per token with 0 at ignored tokens; fp32, or fp64 for fp64 inputs. With nothing to count

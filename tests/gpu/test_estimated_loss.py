@@ -60,21 +60,13 @@ def test_options_where_everything_is_kept(left_out):
 
 
 def test_backends_agree():
-    """From the same offsets the torch backend, which rounds the same and multiplies in fp32, keeps the same blocks.
-
-    But for a row or two: the matrix units add up eight bits with fewer digits than fp32, so that a running sum passes a
-    row's offset one block earlier or later now and then.
-    """
+    """From the same offsets the torch backend, which rounds the same and multiplies in fp32, keeps the same blocks."""
     inputs = make_inputs(300, 256, 8192, torch.float32)
     ours, theirs = (
         inputs.results(backend=backend, gradient=estimating(seed=3), reduction="sum") for backend in ("triton", "torch")
     )
-    assert (ours["loss"] - theirs["loss"]).abs() <= 1e-4 * theirs["loss"]
-    for name in ("hidden", "weight"):
-        difference = (ours[name] - theirs[name]).norm(dim=1)
-        differ = difference > 1e-4 * theirs[name].norm(dim=1) + 1e-4 * theirs[name].norm() / len(difference) ** 0.5
-        # Such a row takes one block for another: 128 rows of the weight each.
-        assert differ.sum() <= (3 if name == "hidden" else 3 * 2 * 128), (name, int(differ.sum()))
+    for name, value in theirs.items():
+        assert (ours[name] - value).norm() <= 1e-4 * value.norm(), name
 
 
 @pytest.mark.parametrize("left_out", ["softcap", "label_smoothing"])

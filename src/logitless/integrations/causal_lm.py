@@ -143,7 +143,7 @@ def patch(
         example: keyword arguments for the model's ``forward``, ``labels`` among them, to try the patch on instead, for
             models that need more than ``input_ids``.
         verify: whether to try it. Off, a model that does something unknown with its logits still computes the right
-            loss, from real logits.
+            loss, from real logits, or raises in its first step.
 
     Returns:
         What was found.

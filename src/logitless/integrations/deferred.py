@@ -153,17 +153,17 @@ class DeferredLogits:
 
     def float(self) -> Any:
         """In fp32."""
-        return self.tensor().float() if self._tensor is not None else self._like(dtype=torch.float32)
+        return self.to(torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """To another dtype, or to the device where they are; else the real ones."""
+        """To another dtype, or to the device where they are; else the real ones. Themselves where nothing changes."""
         wanted = [*args, *kwargs.values()]
         dtypes = [value for value in wanted if isinstance(value, torch.dtype)]
         others = [value for value in wanted if not isinstance(value, (torch.dtype, bool)) and value is not None]
         here = all(isinstance(value, (str, torch.device)) and torch.device(value) == self.device for value in others)
         if self._tensor is not None or not here or len(dtypes) > 1:
             return self.tensor("to").to(*args, **kwargs)
-        return self._like(dtype=dtypes[0]) if dtypes else self
+        return self._like(dtype=dtypes[0]) if dtypes and dtypes[0] != self.dtype else self
 
     def contiguous(self, **options: Any) -> Any:
         """Themselves."""

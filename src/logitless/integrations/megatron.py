@@ -36,6 +36,7 @@ DECIDED = {
     "group",
     "sequence_parallel",
     "main_grad",
+    "adapter",
 }
 OPTIONS = tuple(name for name in inspect.signature(linear_cross_entropy).parameters if name not in DECIDED)
 
