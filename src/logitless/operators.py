@@ -19,6 +19,7 @@ from logitless.dtensors import arrived
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import HeadOptions
 from logitless.planning import Plan
+from logitless.precision import own_precision
 from logitless.sharding import Merging, Shard, of_target
 
 SECOND_ORDER = (
@@ -114,7 +115,7 @@ def evaluate(
     schedule, backend, objective = call.plan.schedule, backends.load(call.plan.backend), call.objective
     prepared, shard = None, call.shard
     merge = None if shard is None else Merging(shard)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with own_precision(hidden.device):
         problem = call.problem(hidden, weight, bias, merge)
         ahead = None
         if schedule.strategy == "chunked" or schedule.prepared:
@@ -197,7 +198,7 @@ def differentiate(
     upstream: tuple[torch.Tensor | None, ...],
 ) -> Gradients:
     """Gradients of the rows that count, of weight and of bias, in accumulation dtypes; residuals may be used up."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with own_precision(hidden.device):
         problem, backend = call.problem(hidden, weight, bias), backends.load(call.plan.backend)
         if call.plan.schedule.prepared:
             (grad,) = upstream

@@ -64,7 +64,7 @@ pytestmark = [
 WORLDS = tuple(size for size in SHARES if size <= GPUS and KIND == "cuda") or (2,)
 HERE = torch.device("cuda", 0) if KIND == "cuda" else workers.CPU
 # Seconds after which the processes of a world are killed; they compile their kernels in them.
-LIMIT = 300 if KIND == "cuda" else 1200
+LIMIT = 480 if KIND == "cuda" else 1200
 TRAINING_LIMIT = 120
 SOON = on_cpus.SOON
 # Triton's interpreter misreads bf16.

@@ -1,0 +1,52 @@
+"""What surrounds a call changes nothing of the precision it computes in, and finds its settings again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from logitless.precision import own_precision
+
+SETTINGS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+GPU = torch.device("cuda")  # settings can be made without one
+
+
+def settings() -> list[bool]:
+    return [getattr(torch.backends.cuda.matmul, name) for name in SETTINGS]
+
+
+@pytest.fixture(params=[True, False])
+def before(request):
+    known = settings()
+    for name in SETTINGS:
+        setattr(torch.backends.cuda.matmul, name, request.param)
+    yield [request.param] * 2
+    for name, value in zip(SETTINGS, known, strict=True):
+        setattr(torch.backends.cuda.matmul, name, value)
+
+
+def test_sums_are_unrounded(before):
+    with own_precision(GPU):
+        assert settings() == [False, False]
+        with own_precision(GPU):
+            assert settings() == [False, False]
+        assert settings() == [False, False]
+    assert settings() == before
+
+
+def test_settings_after_an_error(before):
+    with pytest.raises(KeyError), own_precision(GPU):
+        raise KeyError
+    assert settings() == before
+
+
+def test_other_devices_settings_stay(before):
+    with own_precision(torch.device("cpu")):
+        assert settings() == before
+
+
+def test_no_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        with own_precision(torch.device("cpu")):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
