@@ -38,7 +38,7 @@ from small_models import (  # noqa: E402
     llama,
     results,
 )
-from training_cases import CASES, whole  # noqa: E402
+from training_cases import ARGUMENTS, CASES, RATE, STEPS, Parallel, rows, whole  # noqa: E402
 from workers import Outcome  # noqa: E402
 
 import logitless  # noqa: E402
@@ -48,7 +48,6 @@ from logitless.integrations.deferred import DeferredLogits  # noqa: E402
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 EPS = torch.finfo(torch.float32).eps
-STEPS, RATE = 3, 0.5
 # Seconds after which processes are killed.
 LIMIT = 150
 
@@ -64,12 +63,6 @@ def fresh_state() -> Iterator[None]:
     os.environ.update(environment)
     for kind in (AcceleratorState, GradientState, PartialState):
         kind._shared_state.clear()
-
-
-def rows(count: int, seed: int = 1) -> list[dict[str, Tensor]]:
-    """Sequences with unequal numbers of labels that count."""
-    both = batch(count, seed=seed)
-    return [{name: tensor[row] for name, tensor in both.items()} for row in range(count)]
 
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------
@@ -97,26 +90,9 @@ def trained(
     model = llama()
     if patched:
         logitless.patch(model)
-    given = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 0,
-        **arguments,
-    }
     trainer = transformers.Trainer(
         model,
-        transformers.TrainingArguments(output_dir=str(folder), **given),
+        transformers.TrainingArguments(output_dir=str(folder), **(ARGUMENTS | arguments)),
         train_dataset=rows(16),
         eval_dataset=rows(8, seed=2),
         compute_metrics=metrics,
@@ -476,8 +452,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
             if name == "fsdp1 head"
             else (),
         )
-        for name in CASES
-        if "asked" not in name
+        for name, case in CASES.items()
+        if isinstance(case, Parallel)
     ],
 )
 def test_parallel(outcomes, name):
@@ -488,6 +464,15 @@ def test_parallel(outcomes, name):
     for result in workers.values(outcomes[name]):
         ours = {parameter.replace("_fsdp_wrapped_module.", ""): tensor for parameter, tensor in result.items()}
         check(ours, plain, exact)
+
+
+@needs_gloo
+def test_trainer_under_fsdp2(outcomes, tmp_path):
+    """Losses and parameters of two processes are those of one with the same batches."""
+    one = trained(tmp_path, patched=False)
+    for result in workers.values(outcomes["trainer fsdp2"]):
+        losses = result.pop("losses").tolist()
+        assert_same(Run(losses, result, {}, []), one)
 
 
 @needs_gloo

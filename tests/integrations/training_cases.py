@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from small_models import batch, computed, counted, llama
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 from workers import Member
 
 import logitless
 from logitless.integrations.deferred import DeferredLogits
 from tolerance import Results
+
+STEPS, RATE, BATCH = 3, 0.5, 4
+# Plain gradient descent, on a CPU, in batches of BATCH.
+ARGUMENTS: dict[str, Any] = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": BATCH,
+    "per_device_eval_batch_size": BATCH,
+    "learning_rate": RATE,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "seed": 0,
+}
+
+
+def rows(count: int, seed: int = 1) -> list[dict[str, Tensor]]:
+    """Sequences with unequal numbers of labels that count."""
+    both = batch(count, seed=seed)
+    return [{name: tensor[row] for name, tensor in both.items()} for row in range(count)]
 
 
 def whole() -> dict[str, Tensor]:
@@ -61,18 +93,24 @@ def fsdp1_with_head(model: nn.Module) -> nn.Module:
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=device)
 
 
-def accelerate_fsdp2(model: nn.Module) -> nn.Module:
-    """As ``Accelerator.prepare`` does it.
-
-    On a CPU accelerate runs plain data parallelism whatever plugin it is given: the state that says so is corrected.
-    """
-    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
+def fsdp_on_a_cpu() -> contextlib.AbstractContextManager:
+    """Accelerate's state, new, with FSDP where it would run plain data parallelism whatever plugin it is given."""
     for kind in (AcceleratorState, GradientState, PartialState):
         kind._shared_state.clear()
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size()), "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used: the group is there
+    make = AcceleratorState.__init__
+
+    def corrected(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        make(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": fsdp_plugin}
+
+    return mock.patch.object(AcceleratorState, "__init__", corrected)
+
+
+def accelerate_fsdp2(model: nn.Module) -> nn.Module:
+    """As ``Accelerator.prepare`` does it."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -80,10 +118,14 @@ def accelerate_fsdp2(model: nn.Module) -> nn.Module:
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
     )
-    accelerator = Accelerator(cpu=True)
-    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-    prepared, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1.0))
+    with fsdp_on_a_cpu():
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        prepared, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1.0))
     return prepared
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gradients_of(model: nn.Module) -> Results:
@@ -91,10 +133,7 @@ def gradients_of(model: nn.Module) -> Results:
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
             return {name: p.grad.clone() for name, p in model.named_parameters()}
-    return {
-        name.removeprefix("module."): p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-        for name, p in model.named_parameters()
-    }
+    return {name.removeprefix("module."): whole_tensor(parameter.grad) for name, parameter in model.named_parameters()}
 
 
 @dataclass(frozen=True)
@@ -137,6 +176,37 @@ class Asked:
         return output.logits.detach()
 
 
+@dataclass(frozen=True)
+class ByTrainer:
+    """Steps of ``transformers.Trainer`` under FSDP2, by batches of the same sequences; losses, and parameters."""
+
+    patched: bool = True
+
+    def __call__(self, member: Member) -> Results:
+        warnings.simplefilter("ignore")
+        model = llama()
+        if self.patched:
+            logitless.patch(model)
+        arguments = ARGUMENTS | {
+            "per_device_train_batch_size": BATCH // member.size,
+            "ddp_backend": "gloo",
+            "fsdp": "full_shard auto_wrap",
+            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+        }
+        with fsdp_on_a_cpu(), computed() as reasons, tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                model,
+                TrainingArguments(output_dir=folder, **arguments),
+                train_dataset=rows(16),
+            )
+            trainer.train()
+        assert reasons == []
+        assert isinstance(trainer.model_wrapped, FSDPModule)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        parameters = {name: whole_tensor(parameter.detach()) for name, parameter in trainer.model.named_parameters()}
+        return {"losses": torch.tensor(losses), **parameters}
+
+
 def ddp(model: nn.Module) -> Any:
     return DistributedDataParallel(model)
 
@@ -153,6 +223,7 @@ CASES: dict[str, Callable[[Member], Any]] = {
     "fsdp1 tied": Parallel(fsdp1, tied=True),
     "fsdp1 head": Parallel(fsdp1_with_head, tied=False),
     "accelerate fsdp2": Parallel(accelerate_fsdp2, tied=False),
+    "trainer fsdp2": ByTrainer(),
     "fsdp2 asked": Asked(layers),
     "fsdp2 head asked": Asked(with_head),
 }
