@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLD := $(VENV)/year-old
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-year-old lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/logitless demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-year-old: $(OLD)/.installed
+	PYTHONPATH=$(CURDIR)/$(OLD) $(BIN)/python -m pytest tests/integrations/test_patch.py tests/integrations/test_training_frameworks.py \
+		tests/integrations/test_architectures.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -24,6 +29,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,frameworks]'
 	touch $(STAMP)
+
+$(OLD)/.installed: $(STAMP) tests/integrations/year-old.txt
+	rm -rf $(OLD)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD) -r tests/integrations/year-old.txt
+	touch $(OLD)/.installed
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .hypothesis .ruff_cache

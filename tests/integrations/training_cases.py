@@ -99,6 +99,7 @@ def fsdp_on_a_cpu() -> contextlib.AbstractContextManager:
         kind._shared_state.clear()
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size()), "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used: the group is there
+    os.environ["FSDP_VERSION"] = "2"  # as `accelerate launch` says to older versions of Trainer
     make = AcceleratorState.__init__
 
     def corrected(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
@@ -191,7 +192,11 @@ class ByTrainer:
             "per_device_train_batch_size": BATCH // member.size,
             "ddp_backend": "gloo",
             "fsdp": "full_shard auto_wrap",
-            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+            "fsdp_config": {
+                "version": 2,
+                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+                "sync_module_states": False,
+            },
         }
         with fsdp_on_a_cpu(), computed() as reasons, tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
