@@ -290,7 +290,6 @@ def test_accelerate(precision):
     assert_same(*runs, steps=2, eps=EPS if precision == "no" else torch.finfo(torch.bfloat16).eps)
 
 
-@pytest.mark.xfail(reason="Accelerate goes through __wrapped__ to the forward that was patched", strict=True)
 def test_unwrapped_without_accelerates_casts():
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = llama()

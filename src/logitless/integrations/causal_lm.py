@@ -222,12 +222,13 @@ def _heads(model: nn.Module) -> dict[str, nn.Linear]:
         raise ValueError(f"{name}: it has {len(output)} heads, got a ModuleList from get_output_embeddings(): unknown")
     base = output.get_base_layer() if hasattr(output, "get_base_layer") else output  # type: ignore[operator]
     weight = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))  # DeepSpeed empties weights that it shards
+    if not isinstance(weight, Tensor) or len(shape) != 2 or not weight.is_floating_point():
         raise ValueError(f"{name}: its head must be a linear layer with a weight [V, D], got a {type(base).__name__}")
     leaves = {
         path: layer
         for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == weight.shape[0] and _within(layer, output)
+        if isinstance(layer, nn.Linear) and layer.out_features == shape[0] and _within(layer, output)
     }
     for path, layer in leaves.items():
         if type(layer).forward is not nn.Linear.forward:
@@ -247,7 +248,6 @@ def _install(model: nn.Module, state: _State) -> None:
     """Replace the ``forward`` of the model and its heads, on these instances alone."""
     own, bound, number = getattr(state.forward, "__func__", state.forward), ismethod(state.forward), state.number
 
-    @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         here: _State | None = self.__dict__.get(STATE)
         if here is None or here.number != number:  # no longer patched, or anew around what was put around this
@@ -260,10 +260,21 @@ def _install(model: nn.Module, state: _State) -> None:
         finally:
             here.active = False
 
+    # Not as `__wrapped__`, which accelerate follows when it takes off what it put around.
+    functools.update_wrapper(forward, own)
+    signature = inspect.signature(own)
+    vars(forward).pop("__wrapped__")
+    forward.__signature__ = signature if bound else _with_self(signature)
     setattr(forward, MARK, True)
     for module, replaced in ((model, forward), *((head, _head_forward) for head in state.heads.values())):
         module.__dict__[STATE] = state
         module.__dict__["forward"] = MethodType(replaced, module)
+
+
+def _with_self(signature: inspect.Signature) -> inspect.Signature:
+    """That of a method, of one that takes no ``self``."""
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[own, *signature.parameters.values()])
 
 
 def _has_labels(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -440,10 +440,27 @@ def _cross_entropy(
 
 
 def _within(terms: tuple[Term, ...], work: Callable[[], Tensor]) -> Tensor:
-    """Do the work within the ``forward`` of each term's head, or as it is where the model is no longer patched."""
+    """Do the work within the ``forward`` of each term's head, or as it is where the model is no longer patched.
+
+    What hooks make of the result is taken where it is the same memory, a tensor that calls them in the backward pass.
+    Hooks that change a head's output have changed the logits, and are not to change the loss too.
+    """
     if not terms or "forward" not in terms[0].head.__dict__:
         return work()
-    return terms[0].head(Evaluation(lambda: _within(terms[1:], work)))
+    done: list[Tensor] = []
+
+    def kept() -> Tensor:
+        done.append(_within(terms[1:], work))
+        return done[0]
+
+    returned = terms[0].head(Evaluation(kept))
+    if returned is done[0] or torch.compiler.is_compiling():
+        return returned
+    return returned if isinstance(returned, Tensor) and _same_memory(returned, done[0]) else done[0]
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return (one.data_ptr(), one.shape, one.dtype) == (other.data_ptr(), other.shape, other.dtype)
 
 
 def _is_number(value: Any) -> bool:
