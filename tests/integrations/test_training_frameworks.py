@@ -48,8 +48,10 @@ from logitless.integrations.deferred import DeferredLogits  # noqa: E402
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 EPS = torch.finfo(torch.float32).eps
-# Seconds after which processes are killed.
-LIMIT = 150
+# Where the parallel cases run.
+KIND = "cuda" if os.environ.get("LOGITLESS_TEST_DEVICE") == "cuda" and torch.cuda.device_count() >= 2 else "cpu"
+# Seconds after which processes are killed; on GPUs they compile kernels in them.
+LIMIT = 150 if KIND == "cpu" else 400
 
 
 @pytest.fixture(autouse=True)
@@ -438,7 +440,7 @@ needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_availa
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     """Of all cases, in two processes."""
-    return workers.run(CASES, 2, tmp_path_factory.mktemp("training"), LIMIT)
+    return workers.run(CASES, 2, tmp_path_factory.mktemp("training"), LIMIT, KIND)
 
 
 @needs_gloo

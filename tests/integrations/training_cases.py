@@ -1,4 +1,4 @@
-"""Patched models in parallel training over gloo: what each process runs."""
+"""Patched models in parallel training, over gloo on CPUs or NCCL on GPUs: what each process runs."""
 
 from __future__ import annotations
 
@@ -59,6 +59,10 @@ def whole() -> dict[str, Tensor]:
     return batch(4)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def layers(model: nn.Module) -> nn.Module:
     """FSDP2 as it is usually done: each layer, and the root with all the rest."""
     for layer in model.model.layers:
@@ -83,21 +87,21 @@ def with_tied_pair(model: nn.Module) -> nn.Module:
 
 def fsdp1(model: nn.Module) -> nn.Module:
     policy = ModuleWrapPolicy({type(model.model.layers[0])})
-    device = torch.device("cpu")
-    return FullyShardedDataParallel(model, use_orig_params=True, device_id=device, auto_wrap_policy=policy)
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=device_of(model), auto_wrap_policy=policy)
 
 
 def fsdp1_with_head(model: nn.Module) -> nn.Module:
-    device = torch.device("cpu")
-    model.lm_head = FullyShardedDataParallel(model.lm_head, use_orig_params=True, device_id=device)
-    return FullyShardedDataParallel(model, use_orig_params=True, device_id=device)
+    options: dict[str, Any] = {"use_orig_params": True, "device_id": device_of(model)}
+    model.lm_head = FullyShardedDataParallel(model.lm_head, **options)
+    return FullyShardedDataParallel(model, **options)
 
 
-def fsdp_on_a_cpu() -> contextlib.AbstractContextManager:
-    """Accelerate's state, new, with FSDP where it would run plain data parallelism whatever plugin it is given."""
+def as_started_by_accelerate() -> contextlib.AbstractContextManager:
+    """Accelerate's state, new. On a CPU it takes no FSDP plugin: what it is given is put in."""
     for kind in (AcceleratorState, GradientState, PartialState):
         kind._shared_state.clear()
-    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size()), "LOCAL_RANK": "0"}
+    rank = str(dist.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size())}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used: the group is there
     os.environ["FSDP_VERSION"] = "2"  # as `accelerate launch` says to older versions of Trainer
     make = AcceleratorState.__init__
@@ -119,8 +123,8 @@ def accelerate_fsdp2(model: nn.Module) -> nn.Module:
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
     )
-    with fsdp_on_a_cpu():
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    with as_started_by_accelerate():
+        accelerator = Accelerator(cpu=device_of(model).type == "cpu", fsdp_plugin=plugin)
         prepared, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1.0))
     return prepared
 
@@ -147,11 +151,11 @@ class Parallel:
 
     def __call__(self, member: Member) -> Results:
         warnings.simplefilter("ignore")
-        model = llama(self.tied)
+        model = llama(self.tied).to(member.device)
         if self.patched:
             logitless.patch(model)
         parallel = self.wrap(model)
-        everything = whole()
+        everything = {name: tensor.to(member.device) for name, tensor in whole().items()}
         own = {name: tensor[member.rank :: member.size] for name, tensor in everything.items()}
         with computed() as reasons:
             output = parallel(**own, num_items_in_batch=counted(everything))
@@ -171,9 +175,9 @@ class Asked:
     wrap: Callable[[nn.Module], nn.Module]
 
     def __call__(self, member: Member) -> Tensor:
-        model = llama()
+        model = llama().to(member.device)
         logitless.patch(model)
-        output = self.wrap(model)(**whole())
+        output = self.wrap(model)(**{name: tensor.to(member.device) for name, tensor in whole().items()})
         return output.logits.detach()
 
 
@@ -190,7 +194,8 @@ class ByTrainer:
             logitless.patch(model)
         arguments = ARGUMENTS | {
             "per_device_train_batch_size": BATCH // member.size,
-            "ddp_backend": "gloo",
+            "use_cpu": member.device.type == "cpu",
+            "ddp_backend": dist.get_backend(),
             "fsdp": "full_shard auto_wrap",
             "fsdp_config": {
                 "version": 2,
@@ -198,7 +203,7 @@ class ByTrainer:
                 "sync_module_states": False,
             },
         }
-        with fsdp_on_a_cpu(), computed() as reasons, tempfile.TemporaryDirectory() as folder:
+        with as_started_by_accelerate(), computed() as reasons, tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
                 model,
                 TrainingArguments(output_dir=folder, **arguments),
