@@ -5,32 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from logitless.precision import own_precision
+from logitless.precision import FEWER_DIGITS, own_precision
 
-SETTINGS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 GPU = torch.device("cuda")  # settings can be made without one
 
 
 def settings() -> list[bool]:
-    return [getattr(torch.backends.cuda.matmul, name) for name in SETTINGS]
+    return [getattr(torch.backends.cuda.matmul, name) for name in FEWER_DIGITS]
 
 
 @pytest.fixture(params=[True, False])
 def before(request):
     known = settings()
-    for name in SETTINGS:
+    for name in FEWER_DIGITS:
         setattr(torch.backends.cuda.matmul, name, request.param)
-    yield [request.param] * 2
-    for name, value in zip(SETTINGS, known, strict=True):
+    yield [request.param] * len(FEWER_DIGITS)
+    for name, value in zip(FEWER_DIGITS, known, strict=True):
         setattr(torch.backends.cuda.matmul, name, value)
 
 
 def test_sums_are_unrounded(before):
     with own_precision(GPU):
-        assert settings() == [False, False]
+        assert settings() == [False] * len(FEWER_DIGITS)
         with own_precision(GPU):
-            assert settings() == [False, False]
-        assert settings() == [False, False]
+            assert settings() == [False] * len(FEWER_DIGITS)
+        assert settings() == [False] * len(FEWER_DIGITS)
     assert settings() == before
 
 

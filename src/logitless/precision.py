@@ -7,30 +7,29 @@ from collections.abc import Iterator
 
 import torch
 
+# Of `torch.backends.cuda.matmul`: whether products of 16-bit operands may add up in fewer digits than fp32 has. The
+# first two are on by default, and let the library cut a long sum into parts and round each before it adds them: the
+# gradient of a small shard, few rows and many terms, then has twice the error of the whole's.
+FEWER_DIGITS = (
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
 
 @contextlib.contextmanager
 def own_precision(device: torch.device) -> Iterator[None]:
     """Within, autocast is off, and products of 16-bit operands add up in fp32 throughout.
 
-    PyTorch by default lets the GPU's library cut a long sum in pieces and round each before it adds them: a shard's
-    gradient, a product of few rows and many terms, then has twice the error of the whole's.
+    The settings are the process's. Threads that are within at the same time leave them as they were.
     """
-    with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as settings:
-        if device.type == "cuda":
-            for dtype in ("bf16", "fp16"):
-                settings.enter_context(_sums_unrounded(f"allow_{dtype}_reduced_precision_reduction"))
-        yield
-
-
-@contextlib.contextmanager
-def _sums_unrounded(setting: str) -> Iterator[None]:
-    """With one of PyTorch's settings off. Threads that do so at the same time leave it as it was."""
     products = torch.backends.cuda.matmul
-    if not getattr(products, setting):
-        yield
-        return
-    setattr(products, setting, False)
+    allowed = [name for name in FEWER_DIGITS if getattr(products, name)] if device.type == "cuda" else []
+    for name in allowed:
+        setattr(products, name, False)
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
-        setattr(products, setting, True)
+        for name in allowed:
+            setattr(products, name, True)
