@@ -101,11 +101,12 @@ def test_unbiased_where_channels_are_loud(backend):
     check_unbiased(loud_problem(), backend)
 
 
-def test_unbiased_on_a_trained_head(monkeypatch):
+@pytest.mark.parametrize("backend", ["torch", ON_GPU])
+def test_unbiased_on_a_trained_head(backend, monkeypatch):
     """As in ``test_sampled.py``, with this scan."""
     input_scan = logitless.Sampled
     monkeypatch.setattr(logitless, "Sampled", partial(input_scan, scan="fp8"))
-    test_sampled.test_unbiased_on_a_trained_head("torch")
+    test_sampled.test_unbiased_on_a_trained_head(backend)
 
 
 @pytest.mark.parametrize("name", ["label_smoothing,softcap", "weight,label_smoothing,softcap", "z_loss", "none"])
