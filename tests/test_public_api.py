@@ -157,11 +157,12 @@ RANKS = (
     {"cli", "__main__", "demo", "bench"},
     {"integrations"},
     {"functional", "module", "report"},
+    {"calls"},
     {"compiled"},
     {"validation", "objective", "planning", "operators"},
     {"schedules", "sharding", "dtensors"},
     {"backends", "sampling", "quantisation"},
-    {"options"},
+    {"options", "precision"},
 )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from logitless.functional import Adapter, Normalizer, linear_cross_entropy
+from logitless.calls import Adapter, Normalizer
+from logitless.functional import linear_cross_entropy
 
 _TENSORS_OF_A_CALL = {
     "input",
