@@ -64,24 +64,25 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     words = [given.output.name if word == str(given.output) else word for word in sys.argv[1:]]
     command = shlex.join(["python", "benchmarks/parallel.py", *words])
-    strong = Report(given.output / "strong.json", {})
-    weak = Report(given.output / ("train.json" if given.only == "train" else "weak.json"), {})
+    strong, weak, train = (Report(given.output / f"{name}.json", {}) for name in ("strong", "weak", "train"))
     if given.only == "plots":
-        for report in (strong, weak):
+        for report in (strong, weak, train):
             report.content = json.loads(report.path.read_text()) if report.path.exists() else {}
     if given.only in (None, "strong"):
         strong.content = header(settings, command)
         for ranks in (count for count in RANKS if count <= most):
             run_strong(strong, ranks, problems, settings)
     if given.only in (None, "weak", "train"):
-        weak.content = header(settings, command)
-        run_training(weak, divisions_of(most, given.only), TOY_TRAINING if given.quick else Training(), settings)
+        report = train if given.only == "train" else weak
+        report.content = header(settings, command)
+        run_training(report, divisions_of(most, given.only), TOY_TRAINING if given.quick else Training(), settings)
     if strong.content:
         draw_strong(strong.content, strong.path.with_suffix(".png"))
         print(strong_table(strong.content), flush=True)
-    if weak.content:
-        draw_training(weak.content, weak.path.with_suffix(".png"))
-        print(training_table(weak.content), flush=True)
+    for report in (weak, train):
+        if report.content:
+            draw_training(report.content, report.path.with_suffix(".png"))
+            print(training_table(report.content), flush=True)
     say("done")
 
 

@@ -242,6 +242,16 @@ def test_what_is_no_number_stays_one(backend, value):
     assert losses[[0, 1, 3, 4, 5]].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", ON_GPU])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_nothing_counts(tokens, backend):
+    """No tokens, or all ignored: no loss, and no gradient."""
+    problem = random_problem(tokens, 16, 300).to(torch.float32)
+    problem = replace(problem, target=torch.full_like(problem.target, -100))
+    results = loss_and_gradients(loss_of(backend), problem, gradient=estimating(0))
+    assert all(torch.equal(value.cpu(), torch.zeros_like(value.cpu())) for value in results.values())
+
+
 @each_backend
 def test_seed_decides_loss_and_gradient(backend):
     problem = problem_of("flat").to(torch.float32)

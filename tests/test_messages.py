@@ -9,6 +9,7 @@ import torch
 
 import logitless
 import logitless.schedules
+from logitless import validation
 
 TOKENS, HIDDEN, VOCABULARY = 4, 8, 11
 
@@ -295,3 +296,16 @@ def force(strategy: str, **options) -> None:
 def test_forced_strategy_that_cannot_serve(strategy, options):
     with pytest.raises(ValueError, match=strategy):
         force(strategy, **options, backend="torch")
+
+
+@pytest.mark.parametrize("target", [(3, 4), (4, 3), (12,)], ids=str)
+def test_tokens_sharded_elsewhere_than_along_the_first_dimension(target):
+    """Half of four positions of three sequences, whose rows are not consecutive in the target's order."""
+    input, weight = torch.ones(3, 2, 5), torch.ones(7, 5)
+    with pytest.raises(ValueError, match=r"target must have the leading shape of input but for the first dimension"):
+        validation.check_head(input, weight, torch.zeros(target, dtype=torch.long), None, sharded_rows=True)
+
+
+def test_tokens_sharded_along_the_first_dimension():
+    target = torch.zeros(6, 2, dtype=torch.long)
+    validation.check_head(torch.ones(3, 2, 5), torch.ones(7, 5), target, None, sharded_rows=True)

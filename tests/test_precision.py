@@ -33,6 +33,17 @@ def test_sums_are_unrounded(before):
     assert settings() == before
 
 
+def test_until_the_last_is_out(before):
+    """Threads that come and go by turns, as those of several devices do."""
+    first, second = own_precision(GPU), own_precision(GPU)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings() == [False] * len(FEWER_DIGITS)
+    second.__exit__(None, None, None)
+    assert settings() == before
+
+
 def test_settings_after_an_error(before):
     with pytest.raises(KeyError), own_precision(GPU):
         raise KeyError

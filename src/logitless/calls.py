@@ -205,7 +205,7 @@ def meet(
 
 def _checksum(target: torch.Tensor) -> int | None:
     """Of the targets, where nobody has to wait for them."""
-    return zlib.crc32(target.detach().contiguous().numpy().tobytes()) if target.device.type == "cpu" else None
+    return zlib.crc32(target.detach().long().contiguous().numpy().tobytes()) if target.device.type == "cpu" else None
 
 
 def _wanted(operands: Operands, linear_bias: torch.Tensor | None) -> tuple[bool, bool, bool]:

@@ -35,12 +35,14 @@ class Arguments:
         sequence_parallel: whether the hidden states are sharded over it.
         sums_hidden: whether the operator sums the gradient of the hidden states over the group; a DTensor of partial
             sums does it by itself.
+        tokens_apart: whether ranks that are not of the group have tokens of their own.
     """
 
     tensors: dict[str, Any]
     group: ProcessGroup | None
     sequence_parallel: bool
     sums_hidden: bool = True
+    tokens_apart: bool = False
 
     def local(self) -> Arguments:
         """The same with local tensors in the place of DTensors.
@@ -123,6 +125,7 @@ def _localised(given: Arguments) -> Arguments:
         group=group,
         sequence_parallel=given.sequence_parallel and not is_dtensor(hidden) and group is not None,
         sums_hidden=sums,
+        tokens_apart=any(kind == "own" and mesh.size(d) > 1 for d, kind in enumerate(tokens)),
     )
 
 

@@ -116,8 +116,8 @@ def linear_cross_entropy(
             and all else are the same on every rank, and so is what comes back, bit for bit; gradients are this rank's
             rows, and the whole one of ``input``. One collective forward and one backward, in fp32; one more forward
             with ``weight``. All ranks must make the same call: if they do not, all raise.
-        sequence_parallel: whether ``input`` too is sharded over ``group``: this rank's tokens, consecutive in rank
-            order; ``target`` is that of all. One all-gather more forward, and a reduce-scatter backward. The hidden
+        sequence_parallel: whether ``input`` too is sharded over ``group``, along its first dimension, consecutive in
+            rank order; ``target`` is that of all. One all-gather more forward, and a reduce-scatter backward. The hidden
             states of all ranks are kept for the backward pass unless ``workspace`` is too small; then they are gathered
             again.
         main_grad: fp32 [V, D], e.g. ``lm_head.weight.main_grad``: the weight's gradient is added there in the backward
@@ -163,6 +163,7 @@ def linear_cross_entropy(
         validation.check_number("label_smoothing", label_smoothing, least=0, most=1)
         validation.check_number("z_loss", z_loss, least=0)
         validation.check_normalizer(normalizer, reduction, input)
+        validation.check_mean(reduction, normalizer is not None, tokens_apart=given.tokens_apart)
         if weight is not None:
             own = (linear_weight.shape[0],)
             validation.check_weighting("weight", weight, input, own, "one for each row of linear_weight")
@@ -339,8 +340,12 @@ def count_tokens(
         A 0-d fp32 tensor on the device of ``target``; nothing waits for it.
 
     Raises:
-        TypeError: a target that does not hold integers.
+        TypeError: a target that does not hold integers, or a DTensor.
     """
+    if dtensors.is_dtensor(target) or dtensors.is_dtensor(weight):
+        raise TypeError(
+            "target and weight must be plain tensors, got a DTensor; pass its to_local(), and its mesh's group"
+        )
     validation.check_target_type(target)
     validation.check_index("ignore_index", ignore_index)
     flat = target.detach().reshape(-1).long()

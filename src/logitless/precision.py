@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -17,19 +18,45 @@ FEWER_DIGITS = (
 )
 
 
+_lock = threading.Lock()
+_within = 0
+_allowed: list[str] = []
+
+
 @contextlib.contextmanager
 def own_precision(device: torch.device) -> Iterator[None]:
     """Within, autocast is off, and products of 16-bit operands add up in fp32 throughout.
 
-    The settings are the process's. Threads that are within at the same time leave them as they were.
+    The settings are the process's: they are off until the last of the threads that are within is out.
     """
-    products = torch.backends.cuda.matmul
-    allowed = [name for name in FEWER_DIGITS if getattr(products, name)] if device.type == "cuda" else []
-    for name in allowed:
-        setattr(products, name, False)
-    try:
-        with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
             yield
-    finally:
-        for name in allowed:
-            setattr(products, name, True)
+            return
+        _enter()
+        try:
+            yield
+        finally:
+            _leave()
+
+
+def _enter() -> None:
+    global _within
+    with _lock:
+        if _within == 0:
+            _allowed[:] = [name for name in FEWER_DIGITS if getattr(torch.backends.cuda.matmul, name)]
+            _set(False)
+        _within += 1
+
+
+def _leave() -> None:
+    global _within
+    with _lock:
+        _within -= 1
+        if _within == 0:
+            _set(True)
+
+
+def _set(value: bool) -> None:
+    for name in _allowed:
+        setattr(torch.backends.cuda.matmul, name, value)

@@ -257,7 +257,7 @@ def meeting(group: dist.ProcessGroup | None) -> Iterator[Meeting | None]:
     here = Meeting(group)
     try:
         yield here
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         if not here.over:
             here.decline(error)
         raise
@@ -271,7 +271,13 @@ def _exchange(group: dist.ProcessGroup, answer: dict[str, Any]) -> list[dict[str
     if number >= 2:  # all ranks have come to the one after it, so all have read it
         store.delete_key(f"{KEY}/{number - 2}/{rank}")
     store.set(f"{KEY}/{number}/{rank}", json.dumps(answer))
-    said: Sequence[bytes] = store.multi_get([f"{KEY}/{number}/{other}" for other in range(ranks)])
+    try:
+        said: Sequence[bytes] = store.multi_get([f"{KEY}/{number}/{other}" for other in range(ranks)])
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"group: not all of its {ranks} ranks came to the call that rank {rank} makes; one makes no such call, or "
+            f"failed before it could say so: see what it printed ({error})"
+        ) from error
     return [json.loads(words) for words in said]
 
 

@@ -227,6 +227,12 @@ def check_head(
     check_target_type(target)
     if not sharded_rows:
         _shaped("target", target, tuple(input.shape[:-1]), "the leading shape of input")
+    elif target.ndim != input.ndim - 1 or target.shape[1:] != input.shape[1:-1]:
+        raise ValueError(
+            "target must have the leading shape of input but for the first dimension, along which input is sharded "
+            f"with sequence_parallel=True, got target {tuple(target.shape)} and input {tuple(input.shape)}; bring the "
+            "sharded dimension to the front, or flatten both in rank order"
+        )
     _same_device("linear_weight", linear_weight, input)
     _same_device("target", target, input)
     if linear_bias is not None:
@@ -245,6 +251,15 @@ def check_weighting(name: str, value: object, input: torch.Tensor, expected: tup
     if tensor.requires_grad:
         raise ValueError(
             f"{name} must not require grad, for the loss is not differentiable in it; pass {name}.detach()"
+        )
+
+
+def check_mean(reduction: str, normalized: bool, *, tokens_apart: bool) -> None:
+    """A mean over tokens that DTensors shard needs the number of all: gradients are summed over the ranks."""
+    if tokens_apart and reduction == "mean" and not normalized:
+        raise ValueError(
+            "normalizer must be given for reduction='mean' where DTensors shard the tokens, of which this rank knows "
+            "its own: pass logitless.count_tokens(target, group=mesh.get_group(dimension)) of local targets"
         )
 
 

@@ -258,10 +258,15 @@ class Refused:
         weight = distribute_tensor(problem["linear_weight"], mesh, [Shard(0)])
         hidden = distribute_tensor(problem["input"], mesh, [Replicate()])
         across = distribute_tensor(problem["input"], mesh, [Shard(1)])
-        calls = [(problem["input"], weight), (hidden, problem["linear_weight"]), (across, weight)]
-        return [
-            message_of(lambda call=call: logitless.linear_cross_entropy(*call, problem["target"])) for call in calls
+        apart, target = (distribute_tensor(problem[name], mesh, [Shard(0)]) for name in ("input", "target"))
+        calls = [
+            (problem["input"], weight, problem["target"]),
+            (hidden, problem["linear_weight"], problem["target"]),
+            (across, weight, problem["target"]),
+            (apart, weight, target),
         ]
+        messages = [message_of(lambda call=call: logitless.linear_cross_entropy(*call)) for call in calls]
+        return [*messages, message_of(lambda: logitless.count_tokens(target))]
 
 
 def message_of(call: Callable[[], object]) -> str:
@@ -342,11 +347,14 @@ def test_hidden_states_on_their_way(ran):
 
 
 def test_what_is_refused(ran):
-    for plain_hidden, plain_weight, across in workers.values(ran(2)["Refused"]):
+    for plain_hidden, plain_weight, across, apart, counted in workers.values(ran(2)["Refused"]):
         assert plain_hidden.startswith("TypeError: input must be a DTensor where linear_weight is one")
         assert "group=mesh.get_group" in plain_hidden
         assert plain_weight.startswith("TypeError: linear_weight must be a DTensor where another argument is one")
         assert across.startswith("ValueError: input must not be sharded along D")
+        assert apart.startswith("ValueError: normalizer must be given for reduction='mean'")
+        assert "logitless.count_tokens(target, group=mesh.get_group(dimension))" in apart
+        assert counted.startswith("TypeError: target and weight must be plain tensors, got a DTensor")
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -88,7 +88,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     del scans
     del projection, buffer
     pairs, order = _group(rows_of, blocks_of, weights_of, block_count(shape.vocabulary))
-    if shape.estimated:
+    if scanned_of:
         statistics = corrected(problem, statistics, pairs, Scanned.joined(scanned_of, order))
     tensors = [torch.empty(size, dtype=dtype, device=problem.hidden.device) for size, dtype in residuals(shape)]
     for tensor, values in zip(tensors, (pairs.rows, pairs.weights, pairs.starts), strict=True):
