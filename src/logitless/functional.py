@@ -117,9 +117,9 @@ def linear_cross_entropy(
             rows, and the whole one of ``input``. One collective forward and one backward, in fp32; one more forward
             with ``weight``. All ranks must make the same call: if they do not, all raise.
         sequence_parallel: whether ``input`` too is sharded over ``group``, along its first dimension, consecutive in
-            rank order; ``target`` is that of all. One all-gather more forward, and a reduce-scatter backward. The hidden
-            states of all ranks are kept for the backward pass unless ``workspace`` is too small; then they are gathered
-            again.
+            rank order; ``target`` is that of all. One all-gather more forward, and a reduce-scatter backward. The
+            hidden states of all ranks are kept for the backward pass unless ``workspace`` is too small; then they are
+            gathered again.
         main_grad: fp32 [V, D], e.g. ``lm_head.weight.main_grad``: the weight's gradient is added there in the backward
             pass, without a tensor of its own, and ``linear_weight.grad`` stays as it is.
         adapter: hidden states [..., R] and weight [V, R] of a low-rank adapter of the head: their product is added to
