@@ -917,18 +917,46 @@ def test_logits_asked_for_after_evaluation(mode):
     assert output.logits.cpu().numpy().shape == (2, 12, VOCABULARY)
 
 
-def test_logits_asked_for_after_a_step():
-    """The old ones, or an error; never others without a word."""
+DERIVED: dict[str, Callable[[Any], Tensor]] = {
+    "themselves": lambda logits: logits.detach(),
+    "rows": lambda logits: logits[:, :-1].detach(),
+    "scaled": lambda logits: (logits / 2).softmax(-1),
+    "cast": lambda logits: logits.double().detach(),
+    "shifted and flattened": lambda logits: logits[:, 1:].flatten(0, 1).argmax(-1),
+    "cross-entropy": lambda logits: F.cross_entropy(logits.flatten(0, 1), torch.ones(24, dtype=torch.long)),
+}
+each_derived = pytest.mark.parametrize("derived", DERIVED.values(), ids=DERIVED)
+
+
+@each_derived
+def test_logits_asked_for_after_a_step(derived):
+    """An error; never those of the new weights."""
     model = patched()
     output = model(**batch())
-    before = llama()(**batch()).logits
     output.loss.backward()
     torch.optim.SGD(model.parameters(), 1.0).step()
-    try:
-        after = output.logits.detach()
-    except RuntimeError:
-        return
-    torch.testing.assert_close(after, before.detach())
+    with pytest.raises(RuntimeError, match="weight has changed since they were deferred"):
+        derived(output.logits)
+
+
+@each_derived
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_made_of_evaluated_logits(mode, derived):
+    """As of a tensor: no gradient, and the same values."""
+    model = patched().eval()
+    with mode():
+        output, plain = model(**batch()), llama().eval()(**batch())
+    found = derived(output.logits)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, derived(plain.logits))
+
+
+def test_hook_that_reads_the_heads_input():
+    model = patched()
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(inputs[0].detach().shape))
+    with pytest.raises(AttributeError, match="hooks on the head that read or change its input do not go"):
+        model(**batch())
 
 
 @pytest.mark.xfail(reason="the instance's forward is pickled as an attribute that its class lacks", strict=True)

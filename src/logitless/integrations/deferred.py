@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,6 +61,17 @@ class Evaluation:
     def __init__(self, work: Callable[[], Tensor]) -> None:
         """Nothing is done yet."""
         self.work = work
+
+    def __getattr__(self, name: str) -> Any:
+        """Hooks on a head that read its input meet this one.
+
+        Raises:
+            AttributeError: always, with what it is.
+        """
+        raise AttributeError(
+            f"{name}: a patched head is called once more for the loss, and its input is then no tensor; hooks on the "
+            "head that read or change its input do not go with logitless.patch: put them on the module before it"
+        )
 
 
 class DeferredLogits:
@@ -138,7 +150,9 @@ class DeferredLogits:
 
     def _like(self, **changes: Any) -> DeferredLogits:
         known: dict[str, Any] = {"terms": self._terms, "dtype": self.dtype, "bound": self._bound, **changes}
-        return type(self)(options=self._options, record=self._record, **known)
+        made = type(self)(options=self._options, record=self._record, **known)
+        made._recording, made._inference, made._versions = self._recording, self._inference, self._versions
+        return made
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> DeferredLogits:
         """The same change of all leading dimensions of the hidden states."""
@@ -235,7 +249,7 @@ class DeferredLogits:
     def _become(self, changed: Any, name: str) -> Any:
         self._check_unshared(name)
         if isinstance(changed, DeferredLogits):
-            self._terms, self._bound = changed._terms, changed._bound
+            self._terms, self._bound, self._versions = changed._terms, changed._bound, changed._versions
         else:
             self._tensor = changed
         return self
@@ -256,7 +270,10 @@ class DeferredLogits:
     def __add__(self, other: Any) -> Any:
         """Of a head and its adapter: another term."""
         if self._tensor is None and isinstance(other, DeferredLogits) and self._goes_with(other):
-            return self._like(terms=self._terms + other._terms, dtype=torch.promote_types(self.dtype, other.dtype))
+            dtype = torch.promote_types(self.dtype, other.dtype)
+            both = self._like(terms=self._terms + other._terms, dtype=dtype)
+            both._versions = self._versions + other._versions if self._versions and other._versions else ()
+            return both
         return self.tensor("+") + real(other)
 
     def __radd__(self, other: Any) -> Any:
@@ -281,14 +298,17 @@ class DeferredLogits:
         if self._tensor is None:
             if self._record is not None:
                 self._record.computed.append(reason)
-            if self._versions != _versions(self._terms):
-                raise RuntimeError(
-                    "logits: the head's weight has changed since they were deferred, so that they cannot be computed "
-                    "any more; use them before the optimizer's step"
-                )
+            self._check_unchanged()
             with torch.inference_mode(self._inference), torch.set_grad_enabled(self._recording):
                 self._tensor = _within(self._terms, self._compute)
         return self._tensor
+
+    def _check_unchanged(self) -> None:
+        if self._versions != _versions(self._terms):
+            raise RuntimeError(
+                "logits: the head's weight has changed since they were deferred, so that they cannot be computed "
+                "any more; use them before the optimizer's step"
+            )
 
     def _compute(self) -> Tensor:
         logits: Tensor | None = None
@@ -325,7 +345,12 @@ class DeferredLogits:
             "reduction": reduction,
             "softcap": self._bound,
         }
-        return _within(self._terms, lambda: self._loss(target, given))
+        if torch.compiler.is_compiling():
+            return _within(self._terms, lambda: self._loss(target, given))
+        self._check_unchanged()
+        modes = torch.inference_mode() if self._inference else nullcontext()
+        with modes, torch.set_grad_enabled(self._recording and torch.is_grad_enabled()):
+            return _within(self._terms, lambda: self._loss(target, given))
 
     def _loss(self, target: Tensor, given: dict[str, Any]) -> Tensor:
         return linear_cross_entropy(self._terms[0].hidden, self._terms[0].head.weight, target, **self._head(), **given)
