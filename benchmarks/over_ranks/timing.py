@@ -14,19 +14,8 @@ from logitless.bench import clock
 
 def timed(run: Callable[[], Any], member: Member) -> float:
     """Seconds on this rank's stream, from an all-reduce behind the spin on: all ranks' clocks start together."""
-    member.come_together()
-    if member.device.type == "cpu":
-        return clock.seconds(run, member.device)
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(clock.BUSY_CYCLES)
-    member.come_together()
-    first.record()
-    result = run()
-    last.record()
-    last.synchronize()
-    del result
-    return first.elapsed_time(last) / 1e3
+    member.come_together()  # the hosts, so that no rank's spin ends before another's begins
+    return clock.seconds(run, member.device, before=member.come_together)
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,9 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument of the wrong type, or a tensor of the wrong kind of dtype.
         ValueError: shapes that do not fit, tensors on different devices, numbers out of bounds, unknown names, a target
-            outside [0, V) on the CPU, a workspace too small (the message says the smallest that works), or ranks of a
-            group that do not make the same call.
-        RuntimeError: from a second differentiation.
+            outside [0, V) on the CPU, a workspace too small (the message says the smallest that works), a mean without
+            ``normalizer`` where DTensors shard the tokens, or ranks of a group that do not make the same call.
+        RuntimeError: from a second differentiation; after the group's time limit, where a rank makes no such call.
 
     The method: arXiv 2511.17599, with the strategies and the sampled gradient of ``docs/design.md``.
     """
@@ -162,8 +162,7 @@ def linear_cross_entropy(
         validation.check_index("ignore_index", ignore_index)
         validation.check_number("label_smoothing", label_smoothing, least=0, most=1)
         validation.check_number("z_loss", z_loss, least=0)
-        validation.check_normalizer(normalizer, reduction, input)
-        validation.check_mean(reduction, normalizer is not None, tokens_apart=given.tokens_apart)
+        validation.check_normalizer(normalizer, reduction, input, tokens_apart=given.tokens_apart)
         if weight is not None:
             own = (linear_weight.shape[0],)
             validation.check_weighting("weight", weight, input, own, "one for each row of linear_weight")

@@ -254,18 +254,17 @@ def check_weighting(name: str, value: object, input: torch.Tensor, expected: tup
         )
 
 
-def check_mean(reduction: str, normalized: bool, *, tokens_apart: bool) -> None:
-    """A mean over tokens that DTensors shard needs the number of all: gradients are summed over the ranks."""
-    if tokens_apart and reduction == "mean" and not normalized:
-        raise ValueError(
-            "normalizer must be given for reduction='mean' where DTensors shard the tokens, of which this rank knows "
-            "its own: pass logitless.count_tokens(target, group=mesh.get_group(dimension)) of local targets"
-        )
+def check_normalizer(value: object, reduction: str, input: torch.Tensor, *, tokens_apart: bool) -> None:
+    """A number or scalar tensor, not negative, for the mean only.
 
-
-def check_normalizer(value: object, reduction: str, input: torch.Tensor) -> None:
-    """A number or scalar tensor, not negative, for the mean only."""
+    Where DTensors shard the tokens gradients are summed over the ranks, and a mean needs the number of all.
+    """
     if value is None:
+        if tokens_apart and reduction == "mean":
+            raise ValueError(
+                "normalizer must be given for reduction='mean' where DTensors shard the tokens, of which this rank "
+                "knows its own: pass logitless.count_tokens(target, group=mesh.get_group(dimension)) of local targets"
+            )
         return
     if reduction != "mean":
         raise ValueError(

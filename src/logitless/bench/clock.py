@@ -27,13 +27,15 @@ class Runs:
 BUSY_CYCLES = 20_000_000
 
 
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
+def seconds(run: Callable[[], Any], device: torch.device, before: Callable[[], None] = lambda: None) -> float:
     """Seconds from the start of ``run`` to the end of all it set going; its result is freed after the clock stops.
 
     On a GPU between two events on the current stream, behind work that keeps the device busy while the host enqueues,
-    as in training, where the host runs ahead; whoever waits for the device on the way pays for that.
+    as in training, where the host runs ahead; whoever waits for the device on the way pays for that. ``before`` is
+    called last before the clock starts, behind that work.
     """
     if device.type != "cuda":
+        before()
         start = time.perf_counter()
         result = run()
         elapsed = time.perf_counter() - start
@@ -42,6 +44,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     torch.cuda._sleep(BUSY_CYCLES)
+    before()
     first.record()
     result = run()
     last.record()
