@@ -1,4 +1,4 @@
-"""Fine-tune a language model of transformers three times on the same text: with logits, exactly without, sampled.
+"""Fine-tune a language model of transformers on the same text with several heads: with logits (two-stage) and without.
 
     python examples/finetune.py --model FOLDER --steps 10 --batch 1 --sequence 512 --output runs/finetune
 
@@ -200,7 +200,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/finetune"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name, least in (("steps", 1), ("batch", 1), ("sequence", 2), ("held_out", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    if not options.model.is_dir():
+        parser.error(f"--model must be a folder with a model and its tokenizer, got {options.model}")
+    if options.gguf and not (options.model / options.gguf).is_file():
+        parser.error(f"--gguf must be a file in {options.model}, got {options.gguf}")
+    return options
 
 
 def main() -> int:

@@ -20,12 +20,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 transformers = pytest.importorskip("transformers")
 
 import support_table
 import tiny_models
+from small_models import InDouble, seen
 from tiny_models import Kwargs, loss_and_gradients
 
 from logitless import Sampled, patch, unpatch
@@ -41,17 +41,6 @@ ITEMS = 7
 # Labels that count in each sequence, where many gradients are summed.
 COUNTED = 3
 NEW_TOKENS = 4
-
-
-class InDouble(TorchFunctionMode):
-    """Where code asks for fp32 it gets fp64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-        widened = [torch.float64 if value is torch.float32 else value for value in args]
-        named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
-        return func(*widened, **named)
 
 
 @contextmanager
@@ -144,11 +133,6 @@ def reordered(model: nn.Module, batch: Kwargs) -> Results:
         return loss_and_gradients(model, batch)
     finally:
         handle.remove()
-
-
-def state_of(model: nn.Module) -> dict[str, tuple[list[str], bool]]:
-    """Names of the attributes of each module, and its mode."""
-    return {path: (sorted(vars(module)), module.training) for path, module in model.named_modules()}
 
 
 def types_of(tested: Callable[[str, str], bool]) -> list[Any]:
@@ -253,11 +237,11 @@ def test_no_labels_no_change(case: Case) -> None:
 
 
 def test_patch_and_unpatch_leave_nothing_behind(case: Case) -> None:
-    model, before = case.model, state_of(case.model)
+    model, before = case.model, seen(case.model)
     head = model.get_output_embeddings()
     with case.patched():
         assert model.forward.__func__ is not type(model).forward
-    assert state_of(model) == before
+    assert seen(model) == before
     assert model.forward.__func__ is type(model).forward
     assert head.forward.__func__ is nn.Linear.forward
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -274,9 +258,9 @@ def test_the_table_has_what_is_found(case: Case, committed: dict[str, list[str]]
 def test_refusal(kind: str, model_type: str) -> None:
     """It says why, and leaves the model as it was."""
     model = tiny_models.build(kind, model_type)
-    before = state_of(model)
+    before = seen(model)
     assert re.search(support_table.REFUSED[kind, model_type], str(refusal_of(model, model_type)))
-    assert state_of(model) == before
+    assert seen(model) == before
     assert model.forward.__func__ is type(model).forward
 
 

@@ -162,10 +162,16 @@ def test_label_smoothing_of_the_trainer(tmp_path):
     assert ours.metrics["eval_loss"] == plain.metrics["eval_loss"]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"prediction_loss_only": True}, {"bf16_full_eval": True}], ids=str)
-def test_evaluation(arguments, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "eps"),
+    [({}, EPS), ({"prediction_loss_only": True}, EPS), ({"bf16_full_eval": True}, torch.finfo(torch.bfloat16).eps)],
+    ids=str,
+)
+def test_evaluation(arguments, eps, tmp_path):
+    """In bf16 logits of the size of 1 are rounded where they are formed by half an eps, of which a mean is less off."""
     ours, plain = (trained(tmp_path, patched=patched, evaluate=True, **arguments) for patched in (True, False))
-    assert ours.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], abs=2e-3)
+    # In fp32 by `assert_same` after the steps; the loss is some 5.7.
+    assert ours.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], rel=16 * EPS, abs=eps / 2)
     assert ours.computed == []
 
 
@@ -241,6 +247,26 @@ def test_compiled_in_one_graph(how, tied):
     with computed() as reasons:
         check(results(called, arguments), plain, exact)
     assert reasons == []
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_logits_of_a_compiled_call():
+    """As of one that is not: until the step, without another compilation for each, and an error after it."""
+    model = llama()
+    logitless.patch(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(**batch())
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    for _ in range(2):
+        with torch.compiler.set_stance("fail_on_recompile"):
+            output = compiled(**batch())
+        torch.testing.assert_close(output.logits, model(input_ids=batch()["input_ids"]).logits)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            output = compiled(**batch())
+        output.loss.backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="weight has changed since they were deferred"):
+            output.logits.detach()
 
 
 @pytest.mark.usefixtures("nothing_compiled")
@@ -386,6 +412,14 @@ def test_dora_on_the_head_is_refused(tied):
     assert isinstance(model(**batch()).logits, Tensor)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("tied", "where"), [(True, [3, 4]), (False, {"lm_head": [3]})], ids=["tied", "head"])
+def test_rows_of_the_head_trained_apart_are_refused(tied, where):
+    model = adapted(tied, target_modules=["q_proj"], trainable_token_indices=where)
+    with pytest.raises(ValueError, match=r"no call of lm_head.*: another layer forms its logits"):
+        logitless.patch(model)
+
+
 @pytest.mark.parametrize("config", ["IA3Config", "LoHaConfig", "LoKrConfig"])
 def test_other_adapters_on_the_head_are_refused(config):
     options = {"feedforward_modules": []} if config == "IA3Config" else {}
@@ -481,6 +515,13 @@ def test_trainer_under_fsdp2(outcomes, tmp_path):
 def test_logits_of_a_sharded_model(outcomes, name):
     for logits in workers.values(outcomes[name]):
         torch.testing.assert_close(logits, llama()(**whole()).logits.detach())
+
+
+@needs_gloo
+@pytest.mark.parametrize("name", [name for name in CASES if "late" in name])
+def test_logits_of_a_sharded_model_after_a_step(outcomes, name):
+    for told in workers.values(outcomes[name]):
+        assert "weight has changed since they were deferred" in told
 
 
 class Around(torch.autograd.Function):

@@ -182,6 +182,25 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class AskedTooLate:
+    """Logits of a sharded model, asked for after a step: what each rank is told."""
+
+    wrap: Callable[[nn.Module], nn.Module]
+
+    def __call__(self, member: Member) -> str:
+        model = llama().to(member.device)
+        logitless.patch(model)
+        parallel = self.wrap(model)
+        output = parallel(**{name: tensor.to(member.device) for name, tensor in whole().items()})
+        output.loss.backward()
+        torch.optim.SGD(parallel.parameters(), RATE).step()
+        try:
+            return f"computed {tuple(output.logits.detach().shape)}"
+        except RuntimeError as error:
+            return str(error)
+
+
+@dataclass(frozen=True)
 class ByTrainer:
     """Steps of ``transformers.Trainer`` under FSDP2, by batches of the same sequences; losses, and parameters."""
 
@@ -236,4 +255,6 @@ CASES: dict[str, Callable[[Member], Any]] = {
     "trainer fsdp2": ByTrainer(),
     "fsdp2 asked": Asked(layers),
     "fsdp2 head asked": Asked(with_head),
+    "fsdp2 late": AskedTooLate(layers),
+    "fsdp2 head late": AskedTooLate(with_head),
 }

@@ -9,10 +9,13 @@ Nothing here imports `transformers`: a model is what has ``get_output_embeddings
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import ismethod
@@ -24,10 +27,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logitless import validation
-from logitless.integrations.deferred import DeferredLogits, EvaluatedLogits, Evaluation, Record, Term, real
+from logitless.integrations.deferred import (
+    DeferredLogits,
+    EvaluatedLogits,
+    Moment,
+    Parameters,
+    Record,
+    Term,
+    parameters_of,
+    real,
+)
 from logitless.options import Backend, Sampled
 
 STATE = "_logitless"
+# What `torch.nn.DataParallel` calls to copy a module.
+REPLICATE = "_replicate_for_data_parallel"
 # Of the functions that are put in the place of a module's own `forward`.
 MARK = "_of_logitless"
 # Shape of the batch that a patch is tried on, and how many of each sequence's labels are ignored.
@@ -81,7 +95,7 @@ class _State:
         forward: the model's own.
         heads: the linear layers, by name.
         number: of the patch, which tells it from others of the same model.
-        active: whether the model's ``forward`` is at work with labels.
+        warned: whether it was said that logits are formed after all.
         trial: while the patch is tried, else None.
     """
 
@@ -89,8 +103,50 @@ class _State:
     forward: Any
     heads: dict[str, nn.Linear]
     number: int = field(default_factory=itertools.count().__next__)
-    active: bool = False
+    warned: bool = False
     trial: _Trial | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        """Of a copied model."""
+        return _State(self.options, copy.deepcopy(self.forward, memo), copy.deepcopy(self.heads, memo), self.number)
+
+    def __reduce__(self) -> Any:
+        """Refuses.
+
+        Raises:
+            TypeError: always; a file could not name the functions that were put into the model.
+        """
+        raise TypeError(
+            "a patched model cannot be pickled; save its state_dict(), use save_pretrained(), or call "
+            "logitless.unpatch(model) first"
+        )
+
+
+@dataclass
+class _Call:
+    """A forward pass with labels.
+
+    Attributes:
+        state: of the model.
+        before: the heads' parameters when it began; FSDP puts others in their place within a head.
+        record: what became of deferred logits.
+        reached: whether a patched head was called.
+    """
+
+    state: _State
+    before: Parameters
+    record: Record
+    reached: bool = False
+
+
+class _Thread(threading.local):
+    """What this thread is at: the innermost forward pass with labels, if any."""
+
+    def __init__(self) -> None:
+        self.call: _Call | None = None
+
+
+_thread = _Thread()
 
 
 @dataclass
@@ -127,7 +183,8 @@ def patch(
     head, with its own shift, ``num_items_in_batch``, ``ignore_index``, softcap and scale; ``.logits`` of such a call
     are ``DeferredLogits``, computed if they are asked for. Calls without ``labels`` are as before: generation does not
     change. Also for PEFT models (LoRA on the head too), encoder-decoder models, and multimodal ones with a text head.
-    Patch before the model is wrapped for parallel training.
+    Patch before the model is compiled, or wrapped for parallel training. Where a later call with labels forms logits
+    after all, a warning says why, once.
 
     Unless ``verify`` is off, the patch is tried: the model's loss on 2 x 8 random tokens and its gradients with respect
     to the last hidden states and the head are formed with logits and without, and must agree. Takes two forward passes;
@@ -182,6 +239,7 @@ def unpatch(model: nn.Module) -> None:
     state = inner.__dict__.get(STATE)
     if state is None:
         raise ValueError(f"model must be one that logitless.patch was called on, got a {type(inner).__name__}")
+    del inner.__dict__[REPLICATE]
     for module in (inner, *state.heads.values()):
         del module.__dict__[STATE]
         if hasattr(getattr(module.forward, "__func__", None), MARK):
@@ -204,6 +262,8 @@ def _unwrapped(model: object) -> nn.Module:
     """The model of `transformers` within one of PEFT, or the model given."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module of transformers, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("model is compiled, got what torch.compile returned; patch the model before it is compiled")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not hasattr(inner, "get_output_embeddings"):
         wrapped = "; patch the model before it is wrapped" if hasattr(inner, "module") else ""
@@ -228,7 +288,7 @@ def _heads(model: nn.Module) -> dict[str, nn.Linear]:
     leaves = {
         path: layer
         for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == shape[0] and _within(layer, output)
+        if isinstance(layer, nn.Linear) and layer.out_features == shape[0] and _belongs(layer, output)
     }
     for path, layer in leaves.items():
         if type(layer).forward is not nn.Linear.forward:
@@ -240,7 +300,7 @@ def _heads(model: nn.Module) -> dict[str, nn.Linear]:
     return leaves
 
 
-def _within(layer: nn.Module, output: nn.Module) -> bool:
+def _belongs(layer: nn.Module, output: nn.Module) -> bool:
     return any(module is layer for module in output.modules())
 
 
@@ -254,11 +314,17 @@ def _install(model: nn.Module, state: _State) -> None:
             return own(self, *args, **kwargs) if bound else own(*args, **kwargs)
         if not _has_labels(here.forward, args, kwargs):
             return here.forward(*args, **kwargs)
-        here.active = True
+        outer, record = _thread.call, Record() if here.trial is None else here.trial.record
+        _thread.call = call = _Call(here, parameters_of(here.heads.values()), record)
         try:
-            return here.forward(*args, **kwargs)
+            output = here.forward(*args, **kwargs)
         finally:
-            here.active = False
+            _thread.call = outer
+        if outer is not None and outer.state is here:  # a model that calls itself
+            outer.reached |= call.reached
+        if here.trial is None and not torch.compiler.is_compiling():
+            _warn_of_logits(call)
+        return output
 
     # Not as `__wrapped__`, which accelerate follows when it takes off what it put around.
     functools.update_wrapper(forward, own)
@@ -269,6 +335,31 @@ def _install(model: nn.Module, state: _State) -> None:
     for module, replaced in ((model, forward), *((head, _head_forward) for head in state.heads.values())):
         module.__dict__[STATE] = state
         module.__dict__["forward"] = MethodType(replaced, module)
+    model.__dict__[REPLICATE] = _refuse_replicas
+
+
+def _warn_of_logits(call: _Call) -> None:
+    """Say once that logits are formed after all."""
+    state, reasons = call.state, call.record.computed
+    if state.warned or (call.reached and not reasons):
+        return
+    state.warned = True
+    heads = ", ".join(state.heads)
+    if reasons:
+        why = f"the model needed them for {reasons[0]}, which cannot be followed"
+    else:
+        why = f"it did not call {heads}; if its head is another since, call logitless.unpatch(model) and patch it anew"
+    warnings.warn(
+        f"a patched model formed its logits in a call with labels: {why}. The loss is right, memory is not saved",
+        stacklevel=4,
+    )
+
+
+def _refuse_replicas() -> None:
+    raise TypeError(
+        "a patched model must not be in torch.nn.DataParallel, whose copies would run the parameters of the first "
+        "device; start one process for each device (torchrun, accelerate launch), or make one device visible"
+    )
 
 
 def _with_self(signature: inspect.Signature) -> inspect.Signature:
@@ -285,14 +376,15 @@ def _has_labels(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return len(args) > place and args[place] is not None
 
 
-def _head_forward(self: nn.Linear, input: Any) -> Any:
-    """What a patched head returns: logits, or with labels deferred ones."""
-    state: _State | None = self.__dict__.get(STATE)
-    if isinstance(input, Evaluation):
-        return input.work()
-    if state is None or not state.active:
+def _head_forward(self: nn.Linear, input: Any, work: Callable[[], Tensor] | None = None) -> Any:
+    """What a patched head returns: logits, or with labels deferred ones; or what work done within it returns."""
+    if work is not None:
+        return work()
+    call, state = _thread.call, self.__dict__.get(STATE)
+    if call is None or call.state is not state:
         return nn.Linear.forward(self, real(input))
-    trial = state.trial
+    call.reached = True
+    trial = call.state.trial
     if trial is not None:
         input = input.detach().to(torch.promote_types(input.dtype, torch.float32)).requires_grad_()
         trial.leaves.append(input)
@@ -305,7 +397,8 @@ def _head_forward(self: nn.Linear, input: Any) -> Any:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
     evaluating = trial is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     logits = EvaluatedLogits if evaluating else DeferredLogits
-    return logits((Term(input, self),), dtype, state.options, None if trial is None else trial.record)
+    moment = Moment.now(call.before + parameters_of([self]))
+    return logits((Term(input, self),), dtype, call.state.options, call.record, moment=moment)
 
 
 setattr(_head_forward, MARK, True)
@@ -326,9 +419,9 @@ def _found(model: nn.Module, state: _State, example: Mapping[str, Any] | None, v
     }
     if not verify:
         return Patched(**facts)
-    given = _example(model, state) if example is None else dict(example)
-    given.setdefault("use_cache", False)
     with _quietly(model, state):
+        given = _example(model, state) if example is None else dict(example)
+        given.setdefault("use_cache", False)
         exact = {"gradient": "exact", "z_loss": 0.0, "label_smoothing": 0.0}
         plain = _tried(model, state, given, _Trial(deferred=False))
         kept, state.options = state.options, {**state.options, **exact}
@@ -349,11 +442,8 @@ def _found(model: nn.Module, state: _State, example: Mapping[str, Any] | None, v
             f"{name}: loss and gradients without logits must agree with the model's own to {allowed:.1e}, got relative "
             f"differences of {loss_error:.1e} and {gradient_error:.1e}: it does something unknown"
         )
-    logits = record.losses[-1]
-    scale = logits.factors[0] * (logits.bound or 1.0)
-    return Patched(
-        **facts, softcap=logits.bound, logit_scale=scale, loss_error=loss_error, gradient_error=gradient_error
-    )
+    scale, bound = record.losses[-1]
+    return Patched(**facts, softcap=bound, logit_scale=scale, loss_error=loss_error, gradient_error=gradient_error)
 
 
 @dataclass(frozen=True)
@@ -378,7 +468,7 @@ def _tried(model: nn.Module, state: _State, given: dict[str, Any], trial: _Trial
     finally:
         state.trial = None
     if not isinstance(loss, Tensor) or not trial.leaves:
-        missing = "no loss" if trial.leaves else "no call of its head"
+        missing = "no loss" if trial.leaves else f"no call of {', '.join(state.heads)}: another layer forms its logits"
         raise ValueError(f"{type(model).__name__}: a batch with labels must give a loss from its head, got {missing}")
     parameters = [p for head in state.heads.values() for p in (head.weight, head.bias) if p is not None]
     wanted = [*trial.leaves, *(p for p in parameters if p.requires_grad)]
@@ -434,14 +524,15 @@ def _example(model: nn.Module, state: _State) -> dict[str, Any]:
 
 @contextmanager
 def _quietly(model: nn.Module, state: _State) -> Iterator[None]:
-    """In evaluation mode, with random states as they were after."""
+    """In evaluation mode, not compiled, recording gradients; with random states as they were after."""
     modes = {module: module.training for module in model.modules()}
     device = next(iter(state.heads.values())).weight.device
     devices = [device] if device.type == "cuda" else []
     autocasts = torch.amp.is_autocast_available(device.type)
     exact = torch.autocast(device.type, enabled=False) if autocasts else nullcontext()
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad(), exact:
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), exact, eager:
             model.eval()
             yield
     finally:

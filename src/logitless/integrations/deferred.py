@@ -11,8 +11,9 @@ N tokens of any leading shape, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logitless.functional import linear_cross_entropy
+
+# Tensors, each with its version, which counts how often it was written to; None where that is not counted.
+Parameters = tuple[tuple[Tensor, int | None], ...]
 
 
 @dataclass(frozen=True)
@@ -39,39 +43,38 @@ class Term:
     factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When logits were deferred.
+
+    Attributes:
+        recording: whether gradients were recorded.
+        inference: whether in inference mode.
+        parameters: tensors that the heads' parameters may be when the logits are computed, each with its version.
+    """
+
+    recording: bool
+    inference: bool
+    parameters: Parameters
+
+    @classmethod
+    def now(cls, parameters: Parameters) -> Moment:
+        """This one."""
+        inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        return cls(torch.is_grad_enabled(), inference, parameters)
+
+
 @dataclass
 class Record:
     """What became of the deferred logits of a model.
 
     Attributes:
-        losses: of each cross-entropy that was computed without logits, what the logits would have been.
+        losses: the scale and the bound of the logits of each cross-entropy that was computed without them.
         computed: the operation that each time needed the real ones.
     """
 
-    losses: list[DeferredLogits] = field(default_factory=list)
+    losses: list[tuple[float, float | None]] = field(default_factory=list)
     computed: list[str] = field(default_factory=list)
-
-
-class Evaluation:
-    """Work that needs the parameters of a head, to be done within the head's ``forward``.
-
-    FSDP and ZeRO gather a layer's parameters before its ``forward``, and before its backward pass, and free them after.
-    """
-
-    def __init__(self, work: Callable[[], Tensor]) -> None:
-        """Nothing is done yet."""
-        self.work = work
-
-    def __getattr__(self, name: str) -> Any:
-        """Hooks on a head that read its input meet this one.
-
-        Raises:
-            AttributeError: always, with what it is.
-        """
-        raise AttributeError(
-            f"{name}: a patched head is called once more for the loss, and its input is then no tensor; hooks on the "
-            "head that read or change its input do not go with logitless.patch: put them on the module before it"
-        )
 
 
 class DeferredLogits:
@@ -88,17 +91,16 @@ class DeferredLogits:
         options: dict[str, Any],
         record: Record | None = None,
         bound: float | None = None,
+        moment: Moment | None = None,
     ) -> None:
-        """Logits of the terms as a tensor of ``dtype``.
+        """Logits of the terms as a tensor of ``dtype``, deferred at ``moment``, or else now.
 
         ``options`` are those of ``linear_cross_entropy``; what becomes of the logits is written down in ``record``.
         """
         self._terms, self._bound = terms, bound
         self._options, self._record = options, record
         self._tensor: Tensor | None = None
-        self._recording = torch.is_grad_enabled()
-        self._inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        self._versions = _versions(terms)
+        self._moment = Moment.now(parameters_of(term.head for term in terms)) if moment is None else moment
         self._shared = False  # rows taken from these, or these from others
         self.dtype = dtype
 
@@ -125,11 +127,6 @@ class DeferredLogits:
         """The softcap, or None."""
         return self._bound
 
-    @property
-    def factors(self) -> tuple[float, ...]:
-        """Of the terms."""
-        return tuple(term.factor for term in self._terms)
-
     def dim(self) -> int:
         """Number of dimensions."""
         return self.ndim
@@ -149,10 +146,9 @@ class DeferredLogits:
     # --- what models do with them -------------------------------------------------------------------------------------
 
     def _like(self, **changes: Any) -> DeferredLogits:
-        known: dict[str, Any] = {"terms": self._terms, "dtype": self.dtype, "bound": self._bound, **changes}
-        made = type(self)(options=self._options, record=self._record, **known)
-        made._recording, made._inference, made._versions = self._recording, self._inference, self._versions
-        return made
+        known: dict[str, Any] = {"terms": self._terms, "dtype": self.dtype, "bound": self._bound}
+        known |= {"options": self._options, "record": self._record, "moment": self._moment}
+        return type(self)(**(known | changes))
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> DeferredLogits:
         """The same change of all leading dimensions of the hidden states."""
@@ -249,7 +245,7 @@ class DeferredLogits:
     def _become(self, changed: Any, name: str) -> Any:
         self._check_unshared(name)
         if isinstance(changed, DeferredLogits):
-            self._terms, self._bound, self._versions = changed._terms, changed._bound, changed._versions
+            self._terms, self._bound, self._moment = changed._terms, changed._bound, changed._moment
         else:
             self._tensor = changed
         return self
@@ -270,10 +266,9 @@ class DeferredLogits:
     def __add__(self, other: Any) -> Any:
         """Of a head and its adapter: another term."""
         if self._tensor is None and isinstance(other, DeferredLogits) and self._goes_with(other):
+            moment = replace(self._moment, parameters=self._moment.parameters + other._moment.parameters)
             dtype = torch.promote_types(self.dtype, other.dtype)
-            both = self._like(terms=self._terms + other._terms, dtype=dtype)
-            both._versions = self._versions + other._versions if self._versions and other._versions else ()
-            return both
+            return self._like(terms=self._terms + other._terms, dtype=dtype, moment=moment)
         return self.tensor("+") + real(other)
 
     def __radd__(self, other: Any) -> Any:
@@ -298,17 +293,34 @@ class DeferredLogits:
         if self._tensor is None:
             if self._record is not None:
                 self._record.computed.append(reason)
-            self._check_unchanged()
-            with torch.inference_mode(self._inference), torch.set_grad_enabled(self._recording):
-                self._tensor = _within(self._terms, self._compute)
+            with torch.inference_mode(self._moment.inference), torch.set_grad_enabled(self._moment.recording):
+                self._tensor = self._within_heads(self._compute)
         return self._tensor
 
+    def _within_heads(self, work: Callable[[], Tensor]) -> Tensor:
+        """The work on the heads' parameters, which must be what they were.
+
+        Asked before the heads' ``forward``, where they may be sharded, and within it, where they are gathered.
+        """
+        if torch.compiler.is_compiling():
+            return _within(self._terms, work)
+
+        def checked() -> Tensor:
+            self._check_unchanged()
+            return work()
+
+        self._check_unchanged()
+        return _within(self._terms, checked)
+
     def _check_unchanged(self) -> None:
-        if self._versions != _versions(self._terms):
-            raise RuntimeError(
-                "logits: the head's weight has changed since they were deferred, so that they cannot be computed "
-                "any more; use them before the optimizer's step"
-            )
+        known = self._moment.parameters
+        for parameter, version in parameters_of(term.head for term in self._terms):
+            if not any(parameter is other and version == then for other, then in known):
+                raise RuntimeError(
+                    "logits: the head's weight has changed since they were deferred (by an optimizer's step, a new "
+                    "parameter, or FSDP, which frees it after the backward pass), so that they cannot be computed any "
+                    "more; use them before, or call the model without labels"
+                )
 
     def _compute(self) -> Tensor:
         logits: Tensor | None = None
@@ -335,7 +347,7 @@ class DeferredLogits:
     ) -> Tensor:
         """As ``F.cross_entropy`` of [N, V] logits; in fp32 without the logits."""
         if self._record is not None:
-            self._record.losses.append(self)
+            self._record.losses.append((_scale(self._terms, self._bound), self._bound))
         smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
         given = {
             **self._options,
@@ -345,33 +357,16 @@ class DeferredLogits:
             "reduction": reduction,
             "softcap": self._bound,
         }
+
+        def loss() -> Tensor:
+            first, head = self._terms[0], _head(self._terms, self._bound)
+            return linear_cross_entropy(first.hidden, first.head.weight, target, **head, **given)
+
         if torch.compiler.is_compiling():
-            return _within(self._terms, lambda: self._loss(target, given))
-        self._check_unchanged()
-        modes = torch.inference_mode() if self._inference else nullcontext()
-        with modes, torch.set_grad_enabled(self._recording and torch.is_grad_enabled()):
-            return _within(self._terms, lambda: self._loss(target, given))
-
-    def _loss(self, target: Tensor, given: dict[str, Any]) -> Tensor:
-        return linear_cross_entropy(self._terms[0].hidden, self._terms[0].head.weight, target, **self._head(), **given)
-
-    def _head(self) -> dict[str, Any]:
-        """Options of ``linear_cross_entropy`` for what these are, but for the first term's product and the bound.
-
-        Other terms are one low-rank adapter of the first. To be called within the ``forward`` of the heads.
-        """
-        first, *others = self._terms
-        scale = first.factor * (1.0 if self._bound is None else self._bound)
-        biases = [
-            term.head.bias * (scale * (term.factor / first.factor))
-            for term in self._terms
-            if term.head.bias is not None
-        ]
-        head = {"logit_scale": scale, "linear_bias": sum(biases[1:], biases[0]) if biases else None}
-        if not others:
-            return head
-        hidden = torch.cat([term.hidden * (term.factor / first.factor) for term in others], -1)
-        return {**head, "adapter": (hidden, torch.cat([term.head.weight for term in others], 1))}
+            return self._within_heads(loss)
+        modes = torch.inference_mode() if self._moment.inference else nullcontext()
+        with modes, torch.set_grad_enabled(self._moment.recording and torch.is_grad_enabled()):
+            return self._within_heads(loss)
 
     def __getattr__(self, name: str) -> Any:
         """What is not followed: of the real logits."""
@@ -384,6 +379,14 @@ class DeferredLogits:
     def __iter__(self) -> Any:
         """Over the real logits."""
         return iter(self.tensor("__iter__"))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Files get the real logits."""
+        return self.tensor("pickle").__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Of the real logits."""
+        return copy.deepcopy(self.tensor("deepcopy"), memo)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -427,12 +430,36 @@ class EvaluatedLogits(DeferredLogits):
         return Tensor
 
 
-def _versions(terms: tuple[Term, ...]) -> tuple[int, ...]:
-    """Of the heads' parameters: they change when these are written to; empty where versions are not kept."""
-    parameters = [p for term in terms for p in (term.head.weight, term.head.bias) if p is not None]
-    if torch.compiler.is_compiling() or any(parameter.is_inference() for parameter in parameters):
-        return ()
-    return tuple(parameter._version for parameter in parameters)
+def parameters_of(heads: Iterable[nn.Linear]) -> Parameters:
+    """Those of linear layers, as they are now."""
+    found = [parameter for head in heads for parameter in (head.weight, head.bias) if parameter is not None]
+    return tuple((parameter, _version(parameter)) for parameter in found)
+
+
+def _version(tensor: Tensor) -> int | None:
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        return None
+    return tensor._version
+
+
+def _scale(terms: tuple[Term, ...], bound: float | None) -> float:
+    """``logit_scale`` of the first term's product."""
+    return terms[0].factor * (1.0 if bound is None else bound)
+
+
+def _head(terms: tuple[Term, ...], bound: float | None) -> dict[str, Any]:
+    """Options of ``linear_cross_entropy`` for logits, but for the first term's product and the bound.
+
+    Other terms are one low-rank adapter of the first. To be called within the ``forward`` of the heads.
+    """
+    first, *others = terms
+    scale = _scale(terms, bound)
+    biases = [term.head.bias * (scale * (term.factor / first.factor)) for term in terms if term.head.bias is not None]
+    head = {"logit_scale": scale, "linear_bias": sum(biases[1:], biases[0]) if biases else None}
+    if not others:
+        return head
+    hidden = torch.cat([term.hidden * (term.factor / first.factor) for term in others], -1)
+    return {**head, "adapter": (hidden, torch.cat([term.head.weight for term in others], 1))}
 
 
 def real(value: Any, reason: str = "an operand") -> Any:
@@ -467,8 +494,11 @@ def _cross_entropy(
 def _within(terms: tuple[Term, ...], work: Callable[[], Tensor]) -> Tensor:
     """Do the work within the ``forward`` of each term's head, or as it is where the model is no longer patched.
 
-    What hooks make of the result is taken where it is the same memory, a tensor that calls them in the backward pass.
-    Hooks that change a head's output have changed the logits, and are not to change the loss too.
+    FSDP and ZeRO gather a layer's parameters before its ``forward``, and before its backward pass, and free them after.
+    What hooks make of the result is taken where it is the same memory, a tensor that calls them in the backward pass;
+    hooks that change a head's output have changed the logits, and are not to change the loss too. Hooks are shown the
+    hidden states without their history: what they do to an input, or count of its gradients, they did when the logits
+    were deferred.
     """
     if not terms or "forward" not in terms[0].head.__dict__:
         return work()
@@ -478,13 +508,16 @@ def _within(terms: tuple[Term, ...], work: Callable[[], Tensor]) -> Tensor:
         done.append(_within(terms[1:], work))
         return done[0]
 
-    returned = terms[0].head(Evaluation(kept))
-    if returned is done[0] or torch.compiler.is_compiling():
-        return returned
-    return returned if isinstance(returned, Tensor) and _same_memory(returned, done[0]) else done[0]
+    returned = terms[0].head(terms[0].hidden.detach(), work=kept)
+    return returned if _is_same(returned, done[0]) else done[0]
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
+def _is_same(one: Any, other: Tensor) -> bool:
+    """Whether it is the other tensor, or one of the same memory."""
+    if one is other:
+        return True
+    if torch.compiler.is_compiling() or not isinstance(one, Tensor):
+        return False
     return (one.data_ptr(), one.shape, one.dtype) == (other.data_ptr(), other.shape, other.dtype)
 
 
@@ -495,7 +528,7 @@ def _is_number(value: Any) -> bool:
 def _index_of_rows(index: Any, dimensions: int) -> Any:
     """The index as one of leading dimensions, or None where it reaches the last or adds dimensions."""
     parts = index if isinstance(index, tuple) else (index,)
-    if any(part is None or isinstance(part, bool) for part in parts):
+    if not all(map(_picks_rows, parts)):
         return None
     used = sum(_dimensions_of(part) for part in parts if part is not Ellipsis)
     last = parts[-1]
@@ -503,6 +536,13 @@ def _index_of_rows(index: Any, dimensions: int) -> Any:
         return index
     reaches_last = used == dimensions or any(part is Ellipsis for part in parts)
     return index if reaches_last and isinstance(last, slice) and last == slice(None) else None
+
+
+def _picks_rows(part: Any) -> bool:
+    """Whether it is known what this part of an index does; arrays of others and masks of bytes are left to PyTorch."""
+    if isinstance(part, Tensor):
+        return part.dtype in (torch.bool, torch.int32, torch.int64)
+    return part is Ellipsis or isinstance(part, slice) or (isinstance(part, int) and not isinstance(part, bool))
 
 
 def _dimensions_of(part: Any) -> int:
