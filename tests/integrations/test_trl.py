@@ -130,7 +130,7 @@ def common(folder: Path, **options: Any) -> dict[str, Any]:
         "max_grad_norm": 0.0,
         "report_to": "none",
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": os.environ.get("LOGITLESS_TEST_DEVICE") != "cuda",
         "bf16": False,
         "disable_tqdm": True,
         "seed": 7,
