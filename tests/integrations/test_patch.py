@@ -43,8 +43,15 @@ from transformers.modeling_outputs import CausalLMOutput  # noqa: E402
 
 import logitless  # noqa: E402
 from allocations import LargestTensor  # noqa: E402
-from logitless.integrations.deferred import DeferredLogits, Term, real  # noqa: E402
-from tolerance import FACTOR, floor  # noqa: E402
+from logitless.integrations.deferred import (  # noqa: E402
+    DeferredLogits,
+    Moment,
+    Record,
+    Term,
+    parameters_of,
+    real,
+)
+from tolerance import FACTOR, Results, floor  # noqa: E402
 
 # Of transformers about itself.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -313,8 +320,9 @@ def test_new_head_computes_its_logits():
     model.resize_token_embeddings(VOCABULARY + 9)
     twin = copy.deepcopy(model)
     logitless.unpatch(twin)
-    with pytest.warns(UserWarning, match="formed its logits in a call with labels: it did not call lm_head;"):
+    with pytest.warns(UserWarning, match="formed its logits in a call with labels: it did not call lm_head;") as said:
         output = model(**batch())
+    assert said[0].filename == __file__
     assert isinstance(output.logits, Tensor)
     assert output.loss.item() == twin(**batch()).loss.item()
     with warnings.catch_warnings(action="error"):
@@ -697,7 +705,8 @@ class Leaves:
         return Leaves(self.hidden.detach().double().requires_grad_(), copy.deepcopy(self.head).double())
 
     def deferred(self) -> DeferredLogits:
-        return DeferredLogits((Term(self.hidden, self.head),), self.hidden.dtype, {})
+        moment = Moment.now(parameters_of([self.head]))
+        return DeferredLogits((Term(self.hidden, self.head),), self.hidden.dtype, {}, Record(), moment)
 
     def gradients(self, value: Tensor) -> list[Tensor]:
         """Of a sum whose weights differ."""
@@ -983,14 +992,16 @@ def test_logits_asked_for_after_the_weight_was_replaced(replaced, derived):
 
 def test_functional_call():
     """The loss and its gradients are those of the parameters given."""
-    model, twin = patched(), llama()
-    outcomes = []
-    for each in (model, twin):
-        given = {name: (parameter.detach() * 2).requires_grad_() for name, parameter in each.named_parameters()}
-        loss = torch.func.functional_call(each, given, (), batch()).loss
-        outcomes.append([loss.detach(), *torch.autograd.grad(loss, list(given.values()))])
-    for ours, plain in zip(*outcomes, strict=True):
-        assert (ours - plain).norm() <= 64 * torch.finfo(torch.float32).eps * plain.norm()
+
+    def called(model: nn.Module) -> Results:
+        given = {name: (parameter.detach() * 2).requires_grad_() for name, parameter in model.named_parameters()}
+        loss = torch.func.functional_call(model, given, (), batch()).loss
+        loss.backward()
+        return {"loss": loss.detach(), **{name: value.grad for name, value in given.items()}}
+
+    with InDouble():
+        exact = called(llama().double())
+    check(called(patched()), called(llama()), exact)
 
 
 def test_calls_in_another_thread():
@@ -1023,6 +1034,23 @@ def recursive(model: Fake, hidden: Tensor, logits: Any, labels: Tensor) -> tuple
 def test_call_within_a_call():
     """With labels, of the same model: the rest of the outer one has deferred logits still."""
     compare(fake(recursive), batch())
+
+
+class Delegating(transformers.LlamaForCausalLM):
+    """A model whose forward is another call of it."""
+
+    def forward(self, input_ids=None, labels=None, again=True, **others):
+        if again:
+            return self.forward(input_ids=input_ids, labels=labels, again=False, **others)
+        return super().forward(input_ids=input_ids, labels=labels, **others)
+
+
+def test_inner_call_reaches_the_head_for_the_outer():
+    """Nothing to warn of."""
+    model = Delegating(llama().config)
+    logitless.patch(model)
+    with warnings.catch_warnings(action="error"):
+        assert isinstance(model(**batch()).logits, DeferredLogits)
 
 
 def test_call_of_another_model_within_a_call():

@@ -38,7 +38,7 @@ from small_models import (  # noqa: E402
     llama,
     results,
 )
-from training_cases import ARGUMENTS, CASES, RATE, STEPS, Parallel, rows, whole  # noqa: E402
+from training_cases import ARGUMENTS, CASES, RATE, STEPS, AskedTooLate, Parallel, rows, whole  # noqa: E402
 from workers import Outcome  # noqa: E402
 
 import logitless  # noqa: E402
@@ -168,10 +168,10 @@ def test_label_smoothing_of_the_trainer(tmp_path):
     ids=str,
 )
 def test_evaluation(arguments, eps, tmp_path):
-    """In bf16 logits of the size of 1 are rounded where they are formed by half an eps, of which a mean is less off."""
+    """In bf16 logits below 1 are rounded where they are formed, by a quarter of an eps at most."""
     ours, plain = (trained(tmp_path, patched=patched, evaluate=True, **arguments) for patched in (True, False))
     # In fp32 by `assert_same` after the steps; the loss is some 5.7.
-    assert ours.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], rel=16 * EPS, abs=eps / 2)
+    assert ours.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], rel=16 * EPS, abs=eps / 4)
     assert ours.computed == []
 
 
@@ -246,6 +246,20 @@ def test_compiled_in_one_graph(how, tied):
         (model if how == "in place" else model.model).compile(fullgraph=True, backend="aot_eager")
     with computed() as reasons:
         check(results(called, arguments), plain, exact)
+    assert reasons == []
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_patched_after_it_was_compiled_in_place():
+    """What was compiled before does not stay, and the trial does not compile."""
+    model = llama()
+    exact, plain = exact_results(model, batch()), results(model, batch())
+    model.compile(fullgraph=True, backend="aot_eager")
+    model(**batch())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        logitless.patch(model)
+    with computed() as reasons:
+        check(results(model, batch()), plain, exact)
     assert reasons == []
 
 
@@ -412,7 +426,6 @@ def test_dora_on_the_head_is_refused(tied):
     assert isinstance(model(**batch()).logits, Tensor)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("tied", "where"), [(True, [3, 4]), (False, {"lm_head": [3]})], ids=["tied", "head"])
 def test_rows_of_the_head_trained_apart_are_refused(tied, where):
     model = adapted(tied, target_modules=["q_proj"], trainable_token_indices=where)
@@ -517,8 +530,21 @@ def test_logits_of_a_sharded_model(outcomes, name):
         torch.testing.assert_close(logits, llama()(**whole()).logits.detach())
 
 
+UNNOTICED = {
+    "fsdp2 head late, by lists": "optimizers that write to lists of DTensors do not count it in their versions",
+    "fsdp2 after another call": "FSDP2 gathers into the tensors of before, and keeps their versions",
+}
+
+
 @needs_gloo
-@pytest.mark.parametrize("name", [name for name in CASES if "late" in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(reason=UNNOTICED[name], strict=True) if name in UNNOTICED else ())
+        for name, case in CASES.items()
+        if isinstance(case, AskedTooLate)
+    ],
+)
 def test_logits_of_a_sharded_model_after_a_step(outcomes, name):
     for told in workers.values(outcomes[name]):
         assert "weight has changed since they were deferred" in told

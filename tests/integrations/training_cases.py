@@ -168,6 +168,13 @@ class Parallel:
         return {"loss": loss, **gradients_of(parallel)}
 
 
+def patched_and_wrapped(wrap: Callable[[nn.Module], nn.Module], member: Member) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model, and the whole batch."""
+    model = llama().to(member.device)
+    logitless.patch(model)
+    return wrap(model), {name: tensor.to(member.device) for name, tensor in whole().items()}
+
+
 @dataclass(frozen=True)
 class Asked:
     """Logits of a sharded model, asked for after the loss, by all ranks."""
@@ -175,25 +182,31 @@ class Asked:
     wrap: Callable[[nn.Module], nn.Module]
 
     def __call__(self, member: Member) -> Tensor:
-        model = llama().to(member.device)
-        logitless.patch(model)
-        output = self.wrap(model)(**{name: tensor.to(member.device) for name, tensor in whole().items()})
-        return output.logits.detach()
+        parallel, given = patched_and_wrapped(self.wrap, member)
+        return parallel(**given).logits.detach()
 
 
 @dataclass(frozen=True)
 class AskedTooLate:
-    """Logits of a sharded model, asked for after a step: what each rank is told."""
+    """Logits of a sharded model, asked for after a step: what each rank is told.
+
+    Attributes:
+        wrap: how it is sharded.
+        lists: whether the optimizer writes to lists of parameters, as by default on GPUs.
+        again: whether the model is called once more before.
+    """
 
     wrap: Callable[[nn.Module], nn.Module]
+    lists: bool = False
+    again: bool = False
 
     def __call__(self, member: Member) -> str:
-        model = llama().to(member.device)
-        logitless.patch(model)
-        parallel = self.wrap(model)
-        output = parallel(**{name: tensor.to(member.device) for name, tensor in whole().items()})
+        parallel, given = patched_and_wrapped(self.wrap, member)
+        output = parallel(**given)
         output.loss.backward()
-        torch.optim.SGD(parallel.parameters(), RATE).step()
+        torch.optim.SGD(parallel.parameters(), RATE, foreach=self.lists).step()
+        if self.again:
+            parallel(**given)
         try:
             return f"computed {tuple(output.logits.detach().shape)}"
         except RuntimeError as error:
@@ -257,4 +270,8 @@ CASES: dict[str, Callable[[Member], Any]] = {
     "fsdp2 head asked": Asked(with_head),
     "fsdp2 late": AskedTooLate(layers),
     "fsdp2 head late": AskedTooLate(with_head),
+    "fsdp2 late, by lists": AskedTooLate(layers, lists=True),
+    "fsdp2 head late, by lists": AskedTooLate(with_head, lists=True),
+    "fsdp2 after another call": AskedTooLate(layers, again=True),
+    "fsdp2 head after another call": AskedTooLate(with_head, again=True),
 }

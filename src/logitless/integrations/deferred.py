@@ -89,18 +89,17 @@ class DeferredLogits:
         terms: tuple[Term, ...],
         dtype: torch.dtype,
         options: dict[str, Any],
-        record: Record | None = None,
+        record: Record,
+        moment: Moment,
         bound: float | None = None,
-        moment: Moment | None = None,
     ) -> None:
-        """Logits of the terms as a tensor of ``dtype``, deferred at ``moment``, or else now.
+        """Logits of the terms as a tensor of ``dtype``, deferred at ``moment``.
 
         ``options`` are those of ``linear_cross_entropy``; what becomes of the logits is written down in ``record``.
         """
         self._terms, self._bound = terms, bound
-        self._options, self._record = options, record
+        self._options, self._record, self._moment = options, record, moment
         self._tensor: Tensor | None = None
-        self._moment = Moment.now(parameters_of(term.head for term in terms)) if moment is None else moment
         self._shared = False  # rows taken from these, or these from others
         self.dtype = dtype
 
@@ -291,8 +290,7 @@ class DeferredLogits:
     def tensor(self, reason: str = "tensor") -> Tensor:
         """The real logits [..., V], differentiable; computed the first time."""
         if self._tensor is None:
-            if self._record is not None:
-                self._record.computed.append(reason)
+            self._record.computed.append(reason)
             with torch.inference_mode(self._moment.inference), torch.set_grad_enabled(self._moment.recording):
                 self._tensor = self._within_heads(self._compute)
         return self._tensor
@@ -346,8 +344,7 @@ class DeferredLogits:
         label_smoothing: float,
     ) -> Tensor:
         """As ``F.cross_entropy`` of [N, V] logits; in fp32 without the logits."""
-        if self._record is not None:
-            self._record.losses.append((_scale(self._terms, self._bound), self._bound))
+        self._record.losses.append((_scale(self._terms, self._bound), self._bound))
         smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
         given = {
             **self._options,
