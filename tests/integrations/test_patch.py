@@ -44,6 +44,7 @@ from transformers.modeling_outputs import CausalLMOutput  # noqa: E402
 import logitless  # noqa: E402
 from allocations import LargestTensor  # noqa: E402
 from logitless.integrations.deferred import (  # noqa: E402
+    Backward,
     DeferredLogits,
     Moment,
     Record,
@@ -706,7 +707,7 @@ class Leaves:
 
     def deferred(self) -> DeferredLogits:
         moment = Moment.now(parameters_of([self.head]))
-        return DeferredLogits((Term(self.hidden, self.head),), self.hidden.dtype, {}, Record(), moment)
+        return DeferredLogits((Term(self.hidden, self.head),), self.hidden.dtype, {}, Record(Backward()), moment)
 
     def gradients(self, value: Tensor) -> list[Tensor]:
         """Of a sum whose weights differ."""
@@ -954,15 +955,58 @@ DERIVED: dict[str, Callable[[Any], Tensor]] = {
 each_derived = pytest.mark.parametrize("derived", DERIVED.values(), ids=DERIVED)
 
 
+def by_its_own_loss(model: nn.Module, output: Any) -> None:
+    output.loss.backward()
+
+
+def by_another_call(model: nn.Module, output: Any) -> None:
+    model(**batch()).loss.backward()
+
+
+def by_a_call_without_labels(model: nn.Module, output: Any) -> None:
+    model(input_ids=batch()["input_ids"]).logits.square().mean().backward()
+
+
+def by_other_logits(model: nn.Module, output: Any) -> None:
+    model(**batch()).logits.square().mean().backward()
+
+
 @each_derived
-def test_logits_asked_for_after_a_step(derived):
-    """An error; never those of the new weights."""
+@pytest.mark.parametrize("recording", [True, False], ids=["trained", "evaluated"])
+@pytest.mark.parametrize(
+    "trained",
+    [by_its_own_loss, by_another_call, by_a_call_without_labels, by_other_logits],
+    ids=lambda f: f.__name__,
+)
+def test_logits_asked_for_after_a_step(derived, recording, trained):
+    """An error; never those of the new weights, also where writes to these are not counted."""
     model = patched()
+    with torch.set_grad_enabled(recording):
+        output = model(**batch())
+    trained(model, output if recording else model(**batch()))
+    model.lm_head.weight.data.mul_(2)
+    with pytest.raises(RuntimeError, match="a backward pass through the head has begun since they were deferred"):
+        derived(output.logits)
+
+
+def test_logits_of_a_frozen_head_asked_for_after_a_step():
+    model = patched()
+    model.lm_head.requires_grad_(False)
     output = model(**batch())
+    before = model(input_ids=batch()["input_ids"]).logits.detach()
     output.loss.backward()
     torch.optim.SGD(model.parameters(), 1.0).step()
-    with pytest.raises(RuntimeError, match="weight has changed since they were deferred"):
-        derived(output.logits)
+    torch.testing.assert_close(output.logits.detach(), before)
+
+
+def test_logits_asked_for_after_the_step_before():
+    """What happened before the call does not matter."""
+    model = patched()
+    for _ in range(2):
+        output, before = model(**batch()), model(input_ids=batch()["input_ids"]).logits.detach()
+        torch.testing.assert_close(output.logits.detach(), before)
+        output.loss.backward()
+        torch.optim.SGD(model.parameters(), 1.0).step()
 
 
 def by_parameter(model: nn.Module) -> Any:

@@ -194,16 +194,19 @@ class AskedTooLate:
         wrap: how it is sharded.
         lists: whether the optimizer writes to lists of parameters, as by default on GPUs.
         again: whether the model is called once more before.
+        recording: whether the logits are of a call that records gradients; else another call is trained on.
     """
 
     wrap: Callable[[nn.Module], nn.Module]
     lists: bool = False
     again: bool = False
+    recording: bool = True
 
     def __call__(self, member: Member) -> str:
         parallel, given = patched_and_wrapped(self.wrap, member)
-        output = parallel(**given)
-        output.loss.backward()
+        with torch.set_grad_enabled(self.recording):
+            output = parallel(**given)
+        (output if self.recording else parallel(**given)).loss.backward()
         torch.optim.SGD(parallel.parameters(), RATE, foreach=self.lists).step()
         if self.again:
             parallel(**given)
@@ -263,9 +266,9 @@ CASES: dict[str, Callable[[Member], Any]] = {
     "fsdp2 tied pair": Parallel(with_tied_pair, tied=True),
     "fsdp1": Parallel(fsdp1, tied=False),
     "fsdp1 tied": Parallel(fsdp1, tied=True),
-    "fsdp1 head": Parallel(fsdp1_with_head, tied=False),
     "accelerate fsdp2": Parallel(accelerate_fsdp2, tied=False),
     "trainer fsdp2": ByTrainer(),
+    "fsdp1 head": Asked(fsdp1_with_head),
     "fsdp2 asked": Asked(layers),
     "fsdp2 head asked": Asked(with_head),
     "fsdp2 late": AskedTooLate(layers),
@@ -274,4 +277,10 @@ CASES: dict[str, Callable[[Member], Any]] = {
     "fsdp2 head late, by lists": AskedTooLate(with_head, lists=True),
     "fsdp2 after another call": AskedTooLate(layers, again=True),
     "fsdp2 head after another call": AskedTooLate(with_head, again=True),
+    "fsdp2 head after another call, by lists": AskedTooLate(with_head, lists=True, again=True),
+    "fsdp2 evaluated, late": AskedTooLate(layers, lists=True, again=True, recording=False),
+    "fsdp2 head evaluated, late": AskedTooLate(with_head, lists=True, again=True, recording=False),
+    "fsdp1 late": AskedTooLate(fsdp1, lists=True),
+    "fsdp1 after another call": AskedTooLate(fsdp1, lists=True, again=True),
+    "fsdp1 evaluated, late": AskedTooLate(fsdp1, lists=True, again=True, recording=False),
 }

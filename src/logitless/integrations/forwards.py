@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logitless.integrations.deferred import (
+    Backward,
     DeferredLogits,
     EvaluatedLogits,
     Moment,
@@ -50,6 +51,7 @@ class State:
         heads: the linear layers, by name.
         number: of the patch, which tells it from others of the same model.
         warned: whether it was said that logits are formed after all.
+        backward: passes through the heads.
         trial: while the patch is tried, else None.
     """
 
@@ -58,6 +60,7 @@ class State:
     heads: dict[str, nn.Linear]
     number: int = field(default_factory=itertools.count().__next__)
     warned: bool = False
+    backward: Backward = field(default_factory=Backward)
     trial: Trial | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
@@ -117,7 +120,7 @@ class Trial:
     deferred: bool
     leaves: list[Tensor] = field(default_factory=list)
     largest: float = 0.0
-    record: Record = field(default_factory=Record)
+    record: Record = field(default_factory=lambda: Record(Backward()))
 
 
 def install(model: nn.Module, state: State) -> None:
@@ -130,7 +133,7 @@ def install(model: nn.Module, state: State) -> None:
             return own(self, *args, **kwargs) if bound else own(*args, **kwargs)
         if not _has_labels(here.forward, args, kwargs):
             return here.forward(*args, **kwargs)
-        outer, record = _thread.call, Record() if here.trial is None else here.trial.record
+        outer, record = _thread.call, Record(here.backward) if here.trial is None else here.trial.record
         _thread.call = call = _Call(here, parameters_of(here.heads.values()), record)
         try:
             output = here.forward(*args, **kwargs)
@@ -139,6 +142,7 @@ def install(model: nn.Module, state: State) -> None:
         if outer is not None and outer.state is here:  # a model that calls itself
             outer.reached |= call.reached
         if here.trial is None and not torch.compiler.is_compiling():
+            record.close()
             _warn_of_logits(call)
         return output
 
@@ -209,7 +213,10 @@ def _head_forward(self: nn.Linear, input: Any, work: Callable[[], Tensor] | None
         return work()
     call, state = _thread.call, self.__dict__.get(STATE)
     if call is None or call.state is not state:
-        return nn.Linear.forward(self, real(input))
+        logits = nn.Linear.forward(self, real(input))
+        if state is not None:
+            state.backward.watch(logits, [self])
+        return logits
     call.reached = True
     trial = call.state.trial
     if trial is not None:
