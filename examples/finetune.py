@@ -65,7 +65,10 @@ def load(options: argparse.Namespace) -> torch.nn.Module:
     gguf = {"gguf_file": options.gguf} if options.gguf else {}
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, **gguf).to(options.device)
     if options.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):  # its name in newer releases
+            model.activation_checkpointing_enable()
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
@@ -161,23 +164,30 @@ def tabulate(runs: list[Run], options: argparse.Namespace) -> Table:
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Loss by step; time and memory of a step."""
+    """Loss by step, and less that of the first head; time and memory of a step."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    curve, time_axes, memory_axes = figure.subplots(1, 3, width_ratios=[2, 1, 1])
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    curve, difference, time_axes, memory_axes = figure.subplots(1, 4, width_ratios=[5, 5, 4, 4])
     names = [run.head for run in runs]
     colours = [COLOURS[name] for name in names]
     for run in runs:
-        broad = {"linewidth": 5, "alpha": 0.5} if run.head == "two-stage" else {"linewidth": 1.6}
-        curve.plot(range(1, len(run.losses) + 1), run.losses, color=COLOURS[run.head], label=run.head, **broad)
+        steps = range(1, len(run.losses) + 1)
+        broad = {"linewidth": 5, "alpha": 0.5} if run is runs[0] else {"linewidth": 1.6}
+        curve.plot(steps, run.losses, color=COLOURS[run.head], label=run.head, **broad)
+        less = [loss - first for loss, first in zip(run.losses, runs[0].losses, strict=True)]
+        difference.plot(steps, less, color=COLOURS[run.head], **broad)
     curve.set(xlabel="step", ylabel="loss of the batch, nats a token")
     curve.legend(frameon=False)
+    difference.set(xlabel="step", ylabel=f"the same, less that of {names[0]}")
+    for axes in (curve, difference):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     time_axes.bar(names, [statistics.median(run.seconds[1:] or run.seconds) for run in runs], color=colours)
     time_axes.set_ylabel("seconds a step")
     memory_axes.bar(names, [run.peak_bytes / 2**30 for run in runs], color=colours)
     memory_axes.set_ylabel("peak of forward and backward, GiB")
-    for axes in (curve, time_axes, memory_axes):
+    for axes in figure.axes:
         axes.grid(color="#e3e6e9", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
