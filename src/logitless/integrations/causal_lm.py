@@ -75,10 +75,10 @@ def patch(
 
     Afterwards ``model(input_ids, labels=labels).loss`` is ``linear_cross_entropy`` of the model's own hidden states and
     head, with its own shift, ``num_items_in_batch``, ``ignore_index``, softcap and scale; ``.logits`` of such a call
-    are ``DeferredLogits``, computed if they are asked for. Calls without ``labels`` are as before: generation does not
-    change. Also for PEFT models (LoRA on the head too), encoder-decoder models, and multimodal ones with a text head.
-    Patch before the model is compiled, or wrapped for parallel training. Where a later call with labels forms logits
-    after all, a warning says why, once.
+    are ``DeferredLogits``, computed if they are asked for, before a backward pass through the head. Calls without
+    ``labels`` are as before: generation does not change. Also for PEFT models (LoRA on the head too), encoder-decoder
+    models, and multimodal ones with a text head. Patch before the model is compiled, or wrapped for parallel training.
+    Where a later call with labels forms logits after all, a warning says why, once.
 
     Unless ``verify`` is off, the patch is tried: the model's loss on 2 x 8 random tokens and its gradients with respect
     to the last hidden states and the head are formed with logits and without, and must agree. Takes two forward passes;
