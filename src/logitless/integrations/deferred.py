@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,9 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logitless.functional import linear_cross_entropy
-
-# Tensors, each with its version, which counts how often it was written to; None where that is not counted.
-Parameters = tuple[tuple[Tensor, int | None], ...]
+from logitless.integrations.moment import Moment
 
 
 @dataclass(frozen=True)
@@ -43,73 +41,17 @@ class Term:
     factor: float = 1.0
 
 
-@dataclass(frozen=True)
-class Moment:
-    """When logits were deferred.
-
-    Attributes:
-        recording: whether gradients were recorded.
-        inference: whether in inference mode.
-        parameters: tensors that the heads' parameters may be when the logits are computed, each with its version.
-    """
-
-    recording: bool
-    inference: bool
-    parameters: Parameters
-
-    @classmethod
-    def now(cls, parameters: Parameters) -> Moment:
-        """This one."""
-        inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        return cls(torch.is_grad_enabled(), inference, parameters)
-
-
-@dataclass
-class Backward:
-    """Backward passes through the heads of a model that are trained: an optimizer's step may follow any of them.
-
-    The step itself cannot always be seen: versions do not count what is written through ``.data``, by kernels that
-    PyTorch does not know, or to the shards that FSDP gathers from.
-
-    Attributes:
-        begun: how many.
-    """
-
-    begun: int = 0
-
-    def watch(self, result: Tensor, heads: Iterable[nn.Linear]) -> None:
-        """Count those through this result of heads.
-
-        Under torch.compile none are: it would compile anew for each number.
-        """
-        if torch.compiler.is_compiling() or result.grad_fn is None:
-            return
-        if any(parameter.requires_grad for parameter in _tensors_of(heads)):
-            result.grad_fn.register_prehook(self._count)
-
-    def _count(self, gradients: Any) -> None:
-        self.begun += 1
-
-
 @dataclass
 class Record:
     """What became of the deferred logits of a call of a model.
 
     Attributes:
-        backward: of the model.
         losses: the scale and the bound of the logits of each cross-entropy that was computed without them.
         computed: the operation that each time needed the real ones.
-        begun: how many backward passes had begun when the call returned; None before, and under torch.compile.
     """
 
-    backward: Backward
     losses: list[tuple[float, float | None]] = field(default_factory=list)
     computed: list[str] = field(default_factory=list)
-    begun: int | None = None
-
-    def close(self) -> None:
-        """The call has returned."""
-        self.begun = self.backward.begun
 
 
 class DeferredLogits:
@@ -339,13 +281,13 @@ class DeferredLogits:
             return _within(self._terms, work)
 
         def checked() -> Tensor:
-            self._check_unchanged()
+            self._moment.check(self._heads())
             self._check_gathered()
             result = work()
-            self._record.backward.watch(result, self._heads())
+            self._moment.since.backward.watch(result, self._heads())
             return result
 
-        self._check_unchanged()
+        self._moment.check(self._heads())
         return _within(self._terms, checked)
 
     def _heads(self) -> Iterator[nn.Linear]:
@@ -358,22 +300,6 @@ class DeferredLogits:
                     f"the head's weight must be [V, D] in its forward, got shape {tuple(head.weight.shape)}: what "
                     "gathers it is around the head, as FSDP1 as a module of its own is; wrap the head with the rest of "
                     "the model, or use fully_shard"
-                )
-
-    def _check_unchanged(self) -> None:
-        known, begun = self._moment.parameters, self._record.begun
-        if begun is not None and begun != self._record.backward.begun:
-            raise RuntimeError(
-                "logits: a backward pass through the head has begun since they were deferred, and a step after it may "
-                "have changed its weight, so that they cannot be computed any more; use them before the backward pass, "
-                "or call the model without labels"
-            )
-        for parameter, version in parameters_of(self._heads()):
-            if not any(parameter is other and version == then for other, then in known):
-                raise RuntimeError(
-                    "logits: the head's weight has changed since they were deferred (by a step, a new parameter, or "
-                    "FSDP, which frees it), so that they cannot be computed any more; use them before, or call the "
-                    "model without labels"
                 )
 
     def _compute(self) -> Tensor:
@@ -481,21 +407,6 @@ class EvaluatedLogits(DeferredLogits):
     def __class__(self) -> type:  # type: ignore[override]
         """What ``isinstance`` is told."""
         return Tensor
-
-
-def parameters_of(heads: Iterable[nn.Linear]) -> Parameters:
-    """Those of linear layers, as they are now."""
-    return tuple((parameter, _version(parameter)) for parameter in _tensors_of(heads))
-
-
-def _tensors_of(heads: Iterable[nn.Linear]) -> Iterator[Tensor]:
-    return (parameter for head in heads for parameter in (head.weight, head.bias) if parameter is not None)
-
-
-def _version(tensor: Tensor) -> int | None:
-    if not torch.compiler.is_compiling() and tensor.is_inference():
-        return None
-    return tensor._version
 
 
 def _scale(terms: tuple[Term, ...], bound: float | None) -> float:

@@ -22,17 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logitless.integrations.deferred import (
-    Backward,
-    DeferredLogits,
-    EvaluatedLogits,
-    Moment,
-    Parameters,
-    Record,
-    Term,
-    parameters_of,
-    real,
-)
+from logitless.integrations.deferred import DeferredLogits, EvaluatedLogits, Record, Term, real
+from logitless.integrations.moment import Backward, Moment, Parameters, Since, parameters_of
 
 STATE = "_logitless"
 # What `torch.nn.DataParallel` calls to copy a module.
@@ -87,12 +78,14 @@ class _Call:
         state: of the model.
         before: the heads' parameters when it began; FSDP puts others in their place within a head.
         record: what became of deferred logits.
+        since: backward passes after it.
         reached: whether a patched head was called.
     """
 
     state: State
     before: Parameters
     record: Record
+    since: Since
     reached: bool = False
 
 
@@ -120,7 +113,7 @@ class Trial:
     deferred: bool
     leaves: list[Tensor] = field(default_factory=list)
     largest: float = 0.0
-    record: Record = field(default_factory=lambda: Record(Backward()))
+    record: Record = field(default_factory=Record)
 
 
 def install(model: nn.Module, state: State) -> None:
@@ -133,8 +126,8 @@ def install(model: nn.Module, state: State) -> None:
             return own(self, *args, **kwargs) if bound else own(*args, **kwargs)
         if not _has_labels(here.forward, args, kwargs):
             return here.forward(*args, **kwargs)
-        outer, record = _thread.call, Record(here.backward) if here.trial is None else here.trial.record
-        _thread.call = call = _Call(here, parameters_of(here.heads.values()), record)
+        outer, record = _thread.call, Record() if here.trial is None else here.trial.record
+        _thread.call = call = _Call(here, parameters_of(here.heads.values()), record, Since(here.backward))
         try:
             output = here.forward(*args, **kwargs)
         finally:
@@ -142,7 +135,7 @@ def install(model: nn.Module, state: State) -> None:
         if outer is not None and outer.state is here:  # a model that calls itself
             outer.reached |= call.reached
         if here.trial is None and not torch.compiler.is_compiling():
-            record.close()
+            call.since.close()
             _warn_of_logits(call)
         return output
 
@@ -231,7 +224,7 @@ def _head_forward(self: nn.Linear, input: Any, work: Callable[[], Tensor] | None
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
     evaluating = trial is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     logits = EvaluatedLogits if evaluating else DeferredLogits
-    moment = Moment.now(call.before + parameters_of([self]))
+    moment = Moment.now(call.before + parameters_of([self]), call.since)
     return logits((Term(input, self),), dtype, call.state.options, call.record, moment)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logitless.integrations.deferred import parameters_of
 from logitless.integrations.forwards import State, Trial
+from logitless.integrations.moment import parameters_of
 
 # Shape of the batch that a patch is tried on, and how many of each sequence's labels are ignored.
 TRIED, IGNORED = (2, 8), 3
