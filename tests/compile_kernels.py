@@ -51,7 +51,7 @@ TENSORS = {
     "*i8": ("own",),
     "*fp8e4nv": ("values",),
     "*i32": (
-        *("order", "count", "rank", "peak_index", "packed_target", "target"),
+        *("order", "count", "rank", "largest_index", "packed_target", "target"),
         *("bits", "counts", "pairs", "starts", "tile_starts", "tile_blocks"),
         "kept_blocks",
     ),

@@ -25,7 +25,6 @@ import logitless
 from kernels import (
     DEVICE,
     DTYPES,
-    LOG2,
     STATISTICS,
     Head,
     check,
@@ -315,7 +314,7 @@ def test_statistics_of_many_tiles(head):
 def test_statistics_of_no_rows():
     problem = HEADS[4].problem(0, 24, 300)
     statistics = scanned(problem)[2]
-    assert statistics.logsumexp.shape == (0,)
+    assert statistics.peak.shape == statistics.log_sum.shape == (0,)
 
 
 @pytest.mark.parametrize("head", [HEADS[4], HEADS[7]], ids=str)
@@ -336,8 +335,9 @@ def test_statistics_not_asked_for_are_not_computed():
     tables, target_logit = launcher.tables(17), launcher.empty(17)
     launcher.scan(gathered(launcher, slice(0, 17)), 0, slice(0, 300), tables, target_logit)
     launcher.combine(tables, target_logit, 0, 17, statistics := new_statistics(problem))
-    assert [tables.mean, tables.smooth, tables.peak, statistics.mean_logit, statistics.prediction] == [None] * 5
-    check("logsumexp", statistics.logsumexp, lambda dtype: statistic(problem, "logsumexp", dtype))
+    assert [tables.entropy, tables.smooth, tables.largest, statistics.entropy, statistics.prediction] == [None] * 5
+    for name in ("peak", "log_sum"):
+        check(name, getattr(statistics, name), lambda dtype, name=name: statistic(problem, name, dtype))
 
 
 @pytest.mark.parametrize(
@@ -360,16 +360,16 @@ def test_prediction_and_rank_of_equal_logits(head):
 
 @pytest.mark.parametrize("head", [HEADS[0], HEADS[5], HEADS[6], HEADS[7], HEADS[8], HEADS[9], *HEADS[-6:-5]], ids=str)
 def test_table(head):
-    """One entry for each row that counts and tile: log2 of its sum of exponentials, -inf for a masked tile."""
+    """For each row that counts and tile its largest logit, 0 for a masked tile, and log2 of the sum relative to it."""
     problem = head.problem(33, 24, 515)
     launcher, tables, _ = scanned(problem)
     alone, count = only_counting(problem), int(counting(problem).sum())
 
     def formula(dtype: torch.dtype) -> Tensor:
-        return torch.stack([z.logsumexp(1) / LOG2 for z in logits(alone, dtype).split(launcher.block, 1)])
+        return sums_in_tiles(logits(alone, dtype), launcher.block)
 
-    assert tables.log_sum.shape[0] == -(-515 // launcher.block)
-    check("table", tables.log_sum[:, :count], formula)
+    assert tables.sums.shape[:2] == (2, -(-515 // launcher.block))
+    check("tables", tables.sums[:, :, :count], formula)
 
 
 @each_head
@@ -422,7 +422,7 @@ def test_order_of_rows_does_not_matter():
     turned = replace(problem, hidden=problem.hidden[turn], target=problem.target[turn], counted=problem.counted[turn])
     first, second = scanned(problem)[2], scanned(turned)[2]
     for name, value in vars(first).items():
-        if name in ("mean_logit", "smooth_logit") and DEVICE == "cuda":
+        if name in ("entropy", "smooth_logit") and DEVICE == "cuda":
             torch.testing.assert_close(getattr(second, name), value[turn], rtol=1e-5, atol=1e-5)
         elif name != "residuals":
             assert torch.equal(value[turn], getattr(second, name)), name
@@ -497,12 +497,22 @@ def check_logits_gradient(problem: Problem, coefficients: Coefficients, gradient
 
 
 def softmax_in_tiles(launcher: Launcher, problem: Problem) -> tuple[Tensor, Tensor]:
-    """[N, V] softmax within tiles and [T, N] its log2-sum-exp, in packed order, NaN for rows that do not count."""
+    """[N, V] softmax within tiles and [2, T, N] their sums, in packed order, NaN for rows that do not count."""
     z = logits(problem, torch.float64)[launcher.rows.order.long()]
     z[int(launcher.rows.count) :] = NAN
     tiles = z.split(launcher.block, 1)
     softmax = torch.cat([torch.where(tile == -torch.inf, 0, tile.softmax(1)) for tile in tiles], 1)
-    return softmax, torch.stack([tile.logsumexp(1) / LOG2 for tile in tiles]).float()
+    return softmax, sums_in_tiles(z, launcher.block).float()
+
+
+def sums_in_tiles(z: Tensor, block: int) -> Tensor:
+    """[2, T, N] peaks of the tiles of logits [N, V], and log2 of their sums of exponentials relative to them."""
+    peaks, sums = [], []
+    for tile in z.split(block, 1):
+        peak = tile.amax(1)
+        peaks.append(torch.where(peak == -torch.inf, 0, peak))
+        sums.append((tile - peaks[-1][:, None]).exp().sum(1).log2())
+    return torch.stack([torch.stack(peaks), torch.stack(sums)])
 
 
 @each_gradient_case
@@ -538,7 +548,7 @@ def test_gradient_from_kept_softmax_of_a_chunk():
         launcher.stored_gradient(
             gradient[rows],
             gradient[rows],
-            table[:, rows].contiguous(),
+            table[:, :, rows].contiguous(),
             first,
             slice(0, VOCABULARY),
             exact_statistics(problem),
@@ -657,7 +667,7 @@ def test_gradient_of_rows(head, given, block, monkeypatch):
     coefficients = random_coefficients(rows, b=False, d="d" in given)
     ahead = ahead_of(spoil_others(coefficients, counts), slope="slope" in given)
     statistics = new_statistics(problem)
-    for name in ("logsumexp", "target_logit", "smooth_logit"):
+    for name in ("peak", "log_sum", "target_logit", "smooth_logit"):
         getattr(statistics, name).fill_(NAN)
     buffer = torch.full((rows, vocabulary + 56), 7.0, dtype=head.dtype, device=DEVICE)
     buffer[:, :vocabulary] = problem.hidden
@@ -680,7 +690,7 @@ def test_gradient_of_rows(head, given, block, monkeypatch):
 
 
 def test_statistics_of_a_row_without_finite_logits():
-    """Its logsumexp is -inf, as is its smoothed logit."""
+    """Its log-sum is -inf, as is its smoothed logit."""
     problem = of_products(Head("masked", masked=tuple(range(5))).problem(3, 24, 520, frozenset({"smooth_logit"})))
     statistics = new_statistics(problem)
     gradient_in_place(problem, problem.hidden.clone(), 0, ahead_of(random_coefficients(3, b=False)), statistics)
@@ -832,7 +842,7 @@ def test_ignored_rows_give_the_bits_of_the_packed_problem(schedule):
     coefficients = schedule_coefficients(schedule)
     statistics, _ = evaluated(problem, schedule, coefficients)
     alone, _ = evaluated(only_counting(problem), schedule, coefficients.rows(counts))
-    for name in ("logsumexp", "target_logit", "mean_logit", "smooth_logit", "prediction"):
+    for name in ("peak", "log_sum", "target_logit", "entropy", "smooth_logit", "prediction"):
         assert torch.equal(getattr(statistics, name)[counts], getattr(alone, name)), name
 
 
@@ -936,10 +946,10 @@ def test_operands_are_rounded_to_the_nearest_tf32():
     rounded = ((operands / step).round() * step).float()
     nearest = replace(problem, hidden=rounded[:17], weight=rounded[17:])
     with precision_of_fp32_products("tf32"):
-        given, expected = (scanned(which)[2].logsumexp for which in (problem, nearest))
+        given, expected = (scanned(which)[2].log_sum for which in (problem, nearest))
     assert torch.equal(given, expected)
     with precision_of_fp32_products("ieee"):
-        assert not torch.equal(scanned(problem)[2].logsumexp, given)
+        assert not torch.equal(scanned(problem)[2].log_sum, given)
 
 
 # --- compilation ------------------------------------------------------------------------------------------------------

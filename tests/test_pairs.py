@@ -77,18 +77,18 @@ def select(
 ) -> tuple[list[list[tuple[int, bool]]], tuple[Tensor, ...]]:
     """By block its pairs' rows, and whether each is listed for its target alone; and what the kernels left.
 
-    Log-sum-exps are ``shift`` too small, which makes masses of that many octaves too large.
+    Log-sums are ``shift`` too small, which makes masses of that many octaves too large.
     """
     rows = order_rows(problem.target, problem.counted)
     statistics = replace(
-        new_statistics(problem), logsumexp=torch.full((ROWS,), -shift * LOG2, dtype=torch.float32, device=DEVICE)
+        new_statistics(problem), log_sum=torch.full((ROWS,), -shift * LOG2, dtype=torch.float32, device=DEVICE)
     )
     selected, start = Selection(problem, rows), 0
     packed = log_masses.to(DEVICE)[:, rows.order.long()]
     for size in chunks:
-        table = torch.zeros(BLOCKS, table_rows(size), device=DEVICE)
-        table[:, :size] = packed[:, start : start + size]
-        selected.add(Tables(table, None, None, None, None), start, size, statistics)
+        sums = torch.zeros(2, BLOCKS, table_rows(size), device=DEVICE)
+        sums[1, :, :size] = packed[:, start : start + size]
+        selected.add(Tables(sums), start, size, statistics)
         start += size
     left = selected.listed()
     pairs, starts = (tensor.cpu() for tensor in left)

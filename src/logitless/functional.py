@@ -26,7 +26,7 @@ from logitless.calls import (
     meet,
     statistics_dtype,
 )
-from logitless.objective import LossObjective, StatisticsObjective
+from logitless.objective import LossObjective, StatisticsObjective, select
 from logitless.options import Backend, FloatOutput, IntegerOutput, LossOptions, Reduction, Sampled
 
 
@@ -197,7 +197,8 @@ def linear_cross_entropy(
         row_weight = class_weight[tokens.target]
     scale = tokens.counted.to(dtype)
     if reduction == "mean":
-        scale = scale * inverse_normalizer(normalizer, scale if row_weight is None else scale * row_weight)
+        counted = scale if row_weight is None else select(tokens.mask, scale * row_weight)
+        scale = scale * inverse_normalizer(normalizer, counted)
     if token_weight is not None:
         scale = scale * tokens.packed(token_weight).to(dtype)
     smoothing: torch.Tensor | float | None = None
@@ -206,7 +207,7 @@ def linear_cross_entropy(
     mass: torch.Tensor | float = 1.0
     if isinstance(smoothing, torch.Tensor):
         mass = smoothing.sum() if total is None else total / vocabulary
-    objective = LossObjective(options, scale, row_weight, mass)
+    objective = LossObjective(options, tokens.mask, scale, row_weight, mass)
     (loss,) = evaluate(operands, linear_bias, tokens, objective, smoothing, call, layout)
     return loss if reduction != "none" else loss.view(target.shape)
 
@@ -283,7 +284,7 @@ def token_statistics(
             layout = meet(meeting, given, operands, call, outputs=list(names), ignore_index=ignore_index)
     tokens = Tokens.of(target, linear_weight.shape[0] if layout is None else layout.vocabulary, ignore_index)
     dtype = statistics_dtype(compute_dtype(operands.hidden, operands.weight))
-    objective = StatisticsObjective(names, tokens.counted.to(dtype))
+    objective = StatisticsObjective(names, tokens.mask, tokens.counted.to(dtype))
     values = evaluate(operands, linear_bias, tokens, objective, None, call, layout)
     return TokenStatistics(**{name: value.view(target.shape) for name, value in zip(names, values, strict=True)})
 

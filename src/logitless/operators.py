@@ -114,7 +114,7 @@ def evaluate(
     """Outputs, statistics, and under the chunked strategy the gradients of a scalar output for an upstream one of 1."""
     schedule, backend, objective = call.plan.schedule, backends.load(call.plan.backend), call.objective
     prepared, shard = None, call.shard
-    merge = None if shard is None else Merging(shard)
+    merge = None if shard is None else Merging(shard, call.smoothing)
     with own_precision(hidden.device):
         problem = call.problem(hidden, weight, bias, merge)
         ahead = None
@@ -152,12 +152,12 @@ def _nothing_seen(problem: Problem, schedule: Schedule) -> Statistics:
     def of(rows: int) -> Statistics:
         zero = torch.zeros(rows, dtype=shape.statistics_dtype, device=device)
         return Statistics(
-            logsumexp=torch.full_like(zero, -torch.inf),
+            peak=zero,
+            log_sum=torch.full_like(zero, -torch.inf),
             target_logit=zero,
-            mean_logit=zero if "mean_logit" in wanted else None,
+            entropy=zero if "entropy" in wanted else None,
             smooth_logit=zero if "smooth_logit" in wanted else None,
             prediction=zero.long() if "prediction" in wanted else None,
-            peak_logit=torch.full_like(zero, -torch.inf) if "prediction" in wanted else None,
         )
 
     if schedule.strategy == "chunked":
@@ -171,7 +171,7 @@ def _nothing_seen(problem: Problem, schedule: Schedule) -> Statistics:
 def _rank_in_whole(call: Call, problem: Problem, whole: Statistics) -> torch.Tensor:
     """[N] how many logits of all shards are above the target's: a second pass, and an all-reduce."""
     assert call.shard is not None
-    count = torch.zeros_like(whole.logsumexp, dtype=torch.int64)
+    count = torch.zeros_like(whole.target_logit, dtype=torch.int64)
     if call.shape.vocabulary:
         plain = replace(
             call.shape,

@@ -44,7 +44,7 @@ LODGING = 0
 
 WeightLayout = Literal["rows", "columns", "unaligned", "strided"]
 Strategy = Literal["loss_only", "stored", "chunked", "windowed", "sampled"]
-Statistic = Literal["mean_logit", "smooth_logit", "prediction", "target_rank"]
+Statistic = Literal["entropy", "smooth_logit", "prediction", "target_rank"]
 
 
 @dataclass(frozen=True)
@@ -240,25 +240,34 @@ class Problem:
 class Statistics:
     """Everything a loss can ask of a row. Each field is [N]; the floats in the problem's statistics dtype.
 
+    The log-sum-exp is kept in two parts, because a loss is a difference of logits: where a token is predicted with
+    confidence ``logsumexp - target_logit`` would be off by an ulp of the logits, however small the loss is, and
+    ``(peak - target_logit) + log_sum`` is off by an ulp of one. What else is made of logits is relative to the peak.
+
     Attributes:
-        logsumexp: log of the sum of exponentials of the row's logits.
+        peak: the row's largest logit; 0 where all are -inf.
+        log_sum: log of the sum of exponentials of the row's logits less the peak: at least 0.
         target_logit: the target's logit.
-        mean_logit: softmax expectation of the logit, or None.
-        smooth_logit: sum of the logits weighted by ``Problem.smoothing``, or None.
+        entropy: of the softmax, or None.
+        smooth_logit: sum of the logits less the peak, weighted by ``Problem.smoothing``, or None.
         prediction: int64 index of the largest logit, or None.
         target_rank: int64 number of other entries with a logit above the target's, or None.
-        peak_logit: the largest logit, where ``prediction`` is not None.
         residuals: tensors that the backward pass of the same backend may reuse, and use up: see ``residuals``.
     """
 
-    logsumexp: torch.Tensor
+    peak: torch.Tensor
+    log_sum: torch.Tensor
     target_logit: torch.Tensor
-    mean_logit: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
     smooth_logit: torch.Tensor | None = None
     prediction: torch.Tensor | None = None
     target_rank: torch.Tensor | None = None
-    peak_logit: torch.Tensor | None = None
     residuals: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def logsumexp(self) -> torch.Tensor:
+        """[N] log of the sum of exponentials of the row's logits."""
+        return self.peak + self.log_sum
 
     def leaving(self, residuals: tuple[torch.Tensor, ...]) -> Statistics:
         """The same statistics, with something for the backward pass."""
@@ -267,7 +276,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The one form of every gradient: ``dz_v = p_v (a + b z_v) - c [v = target] - d s_v``, each field [N].
+    """The one form of every gradient: ``dz_v = p_v (a + b log p_v) - c [v = target] - d s_v``, each field [N].
 
     ``s`` is ``Problem.smoothing``; the chain factors of cap and scale are the backend's. None means zero.
     """
@@ -308,9 +317,9 @@ class AffineCoefficients:
             d=None if self.d is None else self.d[rows],
         )
 
-    def at(self, logsumexp: torch.Tensor) -> Coefficients:
+    def at(self, statistics: Statistics) -> Coefficients:
         """The coefficients, statistics known."""
-        a = self.a if self.slope is None else self.a + self.slope * logsumexp
+        a = self.a if self.slope is None else self.a + self.slope * statistics.logsumexp
         return Coefficients(a=a, b=None, c=self.c, d=self.d)
 
 

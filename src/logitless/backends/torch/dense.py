@@ -9,7 +9,8 @@ and once at the end would cost up to 1.4 times the error of one product.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ ADDED_ROWS = 512
 
 
 def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
-    """The buffer of the weight gradient, kept products one window after the other, and the windows' log-sum-exps.
+    """The buffer of the weight gradient, kept products one window after the other, and the windows' peaks and log-sums.
 
     Those sums save the backward pass a pass over recomputed logits where the softmax is fused.
     """
@@ -45,7 +46,7 @@ def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     return [
         ((shape.vocabulary, shape.hidden) if schedule.lodged_windows else (0, shape.hidden), shape.weight_dtype),
         ((shape.tokens * kept,), shape.product_dtype),
-        ((windows if sums else 0, shape.tokens), shape.statistics_dtype),
+        ((windows if sums else 0, 2, shape.tokens), shape.statistics_dtype),
     ]
 
 
@@ -76,7 +77,7 @@ class Left:
         return None
 
     def window_sums(self, number: int) -> torch.Tensor | None:
-        """[N] log-sum-exp of the rows' logits within a window, where it was left."""
+        """[2, N] peak and log-sum of the rows' logits within a window, where they were left."""
         return self.tensors[2][number] if self.tensors and self.tensors[2].shape[0] else None
 
 
@@ -98,7 +99,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
             running.add(raw, columns, projection, leave_softmax=place is not None and projection.leaves_softmax)
             sums = left.window_sums(number)
             if sums is not None:
-                sums.copy_(running.window_logsumexp)
+                sums.copy_(running.window)
         parts.append(running.finish())
     return concatenate(parts, problem).leaving(tensors)
 
@@ -110,22 +111,12 @@ def concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
     if len(parts) == 1:
         return parts[0]
 
-    def joined(name: str) -> torch.Tensor | None:
+    def joined(name: str) -> Any:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 
-    logsumexp, target_logit = joined("logsumexp"), joined("target_logit")
-    assert logsumexp is not None
-    assert target_logit is not None
-    return Statistics(
-        logsumexp=logsumexp,
-        target_logit=target_logit,
-        mean_logit=joined("mean_logit"),
-        smooth_logit=joined("smooth_logit"),
-        prediction=joined("prediction"),
-        target_rank=joined("target_rank"),
-        peak_logit=joined("peak_logit"),
-    )
+    names = (field.name for field in fields(Statistics) if field.name != "residuals")
+    return Statistics(**{name: joined(name) for name in names})
 
 
 def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients) -> Gradients:
@@ -136,11 +127,10 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     shape = problem.shape
     left = Left(statistics.residuals, shape, schedule)
     projection = Projection(problem, shape.tokens, schedule.backward_window)
-    rows = RowValues(statistics.logsumexp, problem.target, statistics.target_logit, coefficients)
-    entries, index = (
-        projection.target_entries(rows),
-        TargetIndex(problem.target, schedule.backward_window, shape.vocabulary),
-    )
+    rows = RowValues.of(problem, statistics, coefficients)
+    rows = replace(rows, entries=projection.target_entries(rows))
+    entries = projection.product_entries(rows)
+    index = TargetIndex(problem.target, schedule.backward_window, shape.vocabulary)
     gradients = new_gradients(projection)
     if left.tensors and schedule.lodged_windows:
         weight_gradient = left.tensors[LODGING]
@@ -163,7 +153,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
                 raw = buffer[: size[0] * size[1]].view(size).copy_(place[: size[0] * size[1]].view(size))
         here = replace(
             rows,
-            window_logsumexp=left.window_sums(number),
+            window=left.window_sums(number),
             holds_softmax=place is not None and projection.leaves_softmax,
         )
         projection.softmax_gradient_(raw, columns, here, gradients.bias)
@@ -181,8 +171,6 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         gradients.weight = weight_gradient
     if gradients.hidden is not None:
         add_target_rows(gradients.hidden, problem, problem.target, entries)
-    if gradients.bias is not None:
-        projection.add_one_hot_to_bias(gradients.bias, rows)
     return gradients
 
 
@@ -248,11 +236,18 @@ class _Chunks:
         """A chunk's gradient, in place of what ``scan`` left, into those of hidden states, weight and bias."""
         problem, projection, gradients = self._problem, self._projection, self.gradients
         trained, target = projection.hidden[rows, problem.shape.trained_columns], problem.target[rows]
-        coefficients = self._ahead.rows(rows).at(whole.logsumexp)
-        values = RowValues(whole.logsumexp, target, part.target_logit, coefficients)
-        if projection.leaves_softmax:
-            values = replace(values, window_logsumexp=part.logsumexp, holds_softmax=True)
-        entries = projection.target_entries(values)
+        values = RowValues(
+            peak=whole.peak,
+            log_sum=whole.log_sum,
+            target=target,
+            target_logit=part.target_logit,
+            coefficients=self._ahead.rows(rows).at(whole),
+            valid=None if problem.counted is None else problem.counted[rows],
+            window=torch.stack((part.peak, part.log_sum)) if projection.leaves_softmax else None,
+            holds_softmax=projection.leaves_softmax,
+        )
+        values = replace(values, entries=projection.target_entries(values))
+        entries = projection.product_entries(values)
         projection.softmax_gradient_(raw, self._everything, values, gradients.bias)
         raw[torch.arange(raw.shape[0], device=raw.device), target] = 0
         if gradients.hidden is not None:
@@ -264,8 +259,6 @@ class _Chunks:
                 self._weight_adder.add(gradients.weight[columns], raw[:, columns].T, trained)
             for some in slices(trained.shape[0], TARGET_ROWS):
                 gradients.weight.index_add_(0, target[some], trained[some] * entries[some, None])
-        if gradients.bias is not None:
-            projection.add_one_hot_to_bias(gradients.bias, values)
 
 
 class PartialSum:
@@ -304,9 +297,13 @@ def new_accumulator(projection: Projection, *size: int) -> torch.Tensor:
 
 
 def new_gradients(projection: Projection) -> Gradients:
-    """Zeros in the statistics dtype for hidden states and bias, where wanted; the weight's differs by strategy."""
+    """Zeros for hidden states and bias, where wanted; the weight's differs by strategy.
+
+    The bias's is added up a few rows at a time, of terms of both signs: in fp64, where a device has it at no cost.
+    """
     shape, device = projection.problem.shape, projection.hidden.device
-    bias = torch.zeros(shape.vocabulary, dtype=projection.statistics_dtype, device=device)
+    dtype = torch.float64 if device.type == "cpu" else projection.statistics_dtype
+    bias = torch.zeros(shape.vocabulary, dtype=dtype, device=device)
     return Gradients(
         hidden=new_accumulator(projection, shape.tokens, shape.hidden) if shape.hidden_gradient else None,
         weight=None,

@@ -13,9 +13,9 @@ from logitless.backends.torch.running import RunningStatistics
 from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights
 from logitless.backends.torch.tiles import Projection, slices
 from logitless.options import BLOCK
-from logitless.quantisation import left_operand, loud_channels, right_operand
+from logitless.quantisation import left_operand, loud_channels, mean_row, right_operand
 
-Operand = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Operand = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Rows that are rounded at a time.
 ROUNDED_ROWS = 256
@@ -27,21 +27,21 @@ class ScanProjection(Projection):
     def __init__(self, problem: Problem, rows: int, columns: int) -> None:
         """For tiles of at most [rows, columns]."""
         super().__init__(problem, rows, columns)
-        self._channels = loud_channels(problem.hidden)
-        width = problem.shape.hidden + 2 * self._channels.shape[0]
+        self._channels, self._mean = loud_channels(problem.hidden), mean_row(problem.weight)
+        width = problem.shape.hidden + 2 * self._channels.shape[0] + 1
         self._window = self.buffer(columns * width).view(columns, width)
         self.hidden = self.buffer(problem.shape.tokens * width).view(-1, width)
         self._round(problem.hidden, left_operand, self.hidden)
 
     def weight(self, columns: slice) -> torch.Tensor:
-        """[U, D + 2 C] those rows of the weight; valid until the next call."""
+        """[U, D + 2 C + 1] those rows of the weight; valid until the next call."""
         window = self._window[: columns.stop - columns.start]
         self._round(self.problem.weight[columns], right_operand, window)
         return window
 
     def _round(self, matrix: torch.Tensor, operand: Operand, result: torch.Tensor) -> None:
         for rows in slices(matrix.shape[0], ROUNDED_ROWS):
-            result[rows] = operand(matrix[rows], self._channels)
+            result[rows] = operand(matrix[rows], self._channels, self._mean)
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,20 @@ def corrected(problem: Problem, statistics: Statistics, pairs: Pairs, scanned: S
         for group in slices(starts[block + 1] - starts[block], GROUP_ROWS):
             here = slice(starts[block] + group.start, starts[block] + group.stop)
             z = projection.logits_(projection.hidden[rows[here]] @ weight.T, columns)
-            share[here] = (z.logsumexp(1) - statistics.logsumexp[rows[here]]).exp_()
+            peak = z.amax(1)
+            peak = torch.where(peak == -torch.inf, 0, peak)
+            sums = (z - peak[:, None]).exp_().sum(1)
+            below = (peak - statistics.peak[rows[here]]) - statistics.log_sum[rows[here]]
+            share[here] = sums * below.exp_()
             if smooth is not None:
                 smooth[here] = z @ smoothing_weights(problem, columns)
             hits = (target[here] // BLOCK == block).nonzero()[:, 0]
             target_logit[rows[here][hits]] = z[hits, target[here][hits] - columns.start]
     total = torch.ones_like(target_logit).index_add_(0, rows, pairs.weights * (share - scanned.share))
     least = torch.zeros_like(total).index_add_(0, rows, share)
-    logsumexp = statistics.logsumexp + torch.maximum(total, least).log_()
     return replace(
         statistics,
-        logsumexp=logsumexp,
+        log_sum=statistics.log_sum + torch.maximum(total, least).log_(),
         target_logit=target_logit,
         smooth_logit=_smooth_logit(problem, projection, statistics, pairs, scanned, smooth),
     )
@@ -113,18 +116,18 @@ def _smooth_logit(
     scanned: Scanned,
     smooth: torch.Tensor | None,  # [P]
 ) -> torch.Tensor | None:
-    """[N] sum of the logits weighted by the smoothing: without a cap one vector product, else estimated."""
+    """[N] smoothed logits, as ``Statistics`` has them: without a cap one vector product, else estimated."""
     if problem.smoothing is None:
         return None
     if problem.head.softcap is None:
-        vector, total = smoothed_weight(problem), torch.empty_like(statistics.logsumexp)
+        vector, total = smoothed_weight(problem), torch.empty_like(statistics.log_sum)
         for rows in slices(problem.shape.tokens, GROUP_ROWS):
             total[rows] = projection.hidden[rows] @ vector
         total.mul_(problem.head.logit_scale)
+        smoothing = smoothing_weights(problem, slice(0, problem.shape.vocabulary))
         if problem.bias is not None:
-            whole = slice(0, problem.shape.vocabulary)
-            total += problem.bias.to(total.dtype) @ smoothing_weights(problem, whole)
-        return total
+            total += problem.bias.to(total.dtype) @ smoothing
+        return total - statistics.peak * smoothing.sum()
     assert statistics.smooth_logit is not None
     assert smooth is not None
     assert scanned.smooth is not None

@@ -25,10 +25,11 @@ SLACK = 1 << 14
 
 def workspace(shape: Shape, schedule: Schedule) -> int:
     """Upper bound of the bytes held under a schedule."""
-    vectors = VECTORS * 8 + 4 * math.ceil(shape.vocabulary / schedule.window)  # and a window's log-sum-exp each
+    # And each window's peak and log-sum.
+    vectors = VECTORS * 8 + 2 * shape.statistics_dtype.itemsize * math.ceil(shape.vocabulary / schedule.window)
     fixed = _hidden_copies(shape) + vectors * shape.tokens + SLACK
-    # The bias in fp32, its gradient, and the temporary sum of a tile's columns.
-    vocabulary_vectors = 3 * shape.statistics_dtype.itemsize * shape.vocabulary
+    # The bias in fp32, its gradient in fp64, and the temporary sum of a tile's columns.
+    vocabulary_vectors = (2 * shape.statistics_dtype.itemsize + 8) * shape.vocabulary
     if schedule.strategy == "chunked":
         passes = [_chunked(shape, schedule)]
     elif schedule.strategy == "sampled":
@@ -53,7 +54,7 @@ def _hidden_copies(shape: Shape) -> int:
 
 def _scratch(shape: Shape, rows: int, columns: int, *, gradient: bool) -> int:
     """The buffers of ``tiles.Scratch`` in use, and a rank's comparison mask."""
-    entropy = "mean_logit" in shape.statistics
+    entropy = "entropy" in shape.statistics
     buffers = 1 + entropy + (gradient and shape.softcapped)
     mask = scratch_elements(shape, rows, columns) if "target_rank" in shape.statistics else 0
     return buffers * shape.statistics_dtype.itemsize * scratch_elements(shape, rows, columns) + mask
@@ -177,7 +178,7 @@ def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
 def _estimated_scan(shape: Shape, schedule: Schedule) -> int:
     """Operands in the statistics dtype, and what rounding some of their rows takes."""
     rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
-    width, item = shape.hidden + 2 * LOUD, shape.statistics_dtype.itemsize
+    width, item = shape.hidden + 2 * LOUD + 1, shape.statistics_dtype.itemsize
     tables = 2 if "smooth_logit" in shape.statistics else 1
     return (
         (shape.tokens + schedule.window) * width * item

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
+from dataclasses import replace
 
 import torch
 
@@ -61,8 +62,8 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     rows_of, blocks_of = ([torch.empty(0, dtype=torch.int32, device=buffer.device)] for _ in range(2))
     weights_of = [torch.empty(0, dtype=shape.statistics_dtype, device=buffer.device)]
 
-    def select(rows: slice, running: RunningStatistics, logsumexp: torch.Tensor) -> None:
-        listed, weights = _select(problem, rows, running, logsumexp)
+    def select(rows: slice, running: RunningStatistics, share: torch.Tensor | None) -> None:
+        listed, weights = _select(problem, rows, running, share)
         block, row = listed.T.nonzero(as_tuple=True)
         blocks_of.append(block.int())
         rows_of.append(row.int() + rows.start)
@@ -77,14 +78,15 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         part = running.finish()
         parts.append(part)
         if problem.merge is None:
-            select(rows, running, part.logsumexp)
+            select(rows, running, None)
         else:
             scans.append((rows, running))
     statistics = concatenate(parts, problem)
     if problem.merge is not None:  # one collective for all rows, whose tables are kept until then
         whole = problem.merge(statistics, slice(0, shape.tokens))() if shape.tokens else statistics
+        share = ((statistics.peak - whole.peak) + (statistics.log_sum - whole.log_sum)).exp()
         for rows, running in scans:
-            select(rows, running, whole.logsumexp[rows])
+            select(rows, running, share[rows])
     del scans
     del projection, buffer
     pairs, order = _group(rows_of, blocks_of, weights_of, block_count(shape.vocabulary))
@@ -97,14 +99,23 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
 
 
 def _select(
-    problem: Problem, rows: slice, running: RunningStatistics, logsumexp: torch.Tensor
+    problem: Problem,
+    rows: slice,
+    running: RunningStatistics,
+    share: torch.Tensor | None,  # [R]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R, B] which blocks are listed, and [R, B] their weights."""
+    """[R, B] which blocks are listed, and [R, B] their weights.
+
+    The blocks' masses are their shares of the row's sum, or of the ``share`` of it that this shard has. They are
+    normalised by their own sum, so that they add up to no more than that however coarse logits of that size are.
+    """
     shape, offsets = problem.shape, problem.offsets
     assert running.blocks is not None
     assert shape.threshold is not None
     assert offsets is not None
-    masses = running.blocks.sub_(logsumexp[:, None]).exp_()
+    masses = torch.softmax(running.blocks, 1, out=running.blocks)
+    if share is not None:
+        masses.mul_(share[:, None])
     if problem.smoothing is not None and shape.softcapped:
         masses = mix_in_smoothing(masses, problem.smoothing, shape.vocabulary)
     weights = inclusion_weights(masses, shape.threshold, offsets[rows]).to(shape.statistics_dtype)
@@ -168,10 +179,8 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
         add_target_rows(gradients.hidden, problem, problem.target, group.entries_by_row())
         if rank_one is not None:
             rank_one.add_to_hidden(gradients.hidden)
-    if gradients.bias is not None:
-        projection.add_one_hot_to_bias(gradients.bias, group.target_values)
-        if rank_one is not None:
-            rank_one.add_to_bias(gradients.bias)
+    if gradients.bias is not None and rank_one is not None:
+        rank_one.add_to_bias(gradients.bias)
     return gradients
 
 
@@ -199,14 +208,15 @@ class Group:
         self._projection, self._tokens = projection, problem.shape.tokens
         self._trained_columns = problem.shape.trained_columns
         self._rows = pairs.rows.long()
-        self._values = _pair_values(problem, statistics, coefficients, pairs)
+        values = _pair_values(problem, statistics, coefficients, pairs)
+        self._values = values = replace(values, entries=projection.target_entries(values))
         block_of = torch.repeat_interleave(pairs.starts.diff().to(self._rows.device))
         hits = (self._values.target // BLOCK == block_of).nonzero()[:, 0]
         self._hits = hits
         self._local = self._values.target[hits] % BLOCK
         self.target_values = self._values.rows(hits)
         """[N] values of the pairs that hold their row's target, in order of block."""
-        self._entries = projection.target_entries(self.target_values)
+        self._entries = projection.product_entries(self.target_values)
         self._narrow_entries = self._entries.to(projection.dtype)
         self._hit_list: list[int] = hits.tolist()
         hidden = projection.hidden.shape[1]
@@ -246,18 +256,13 @@ class Group:
 
 def _pair_values(problem: Problem, statistics: Statistics, coefficients: Coefficients, pairs: Pairs) -> RowValues:
     """[P] values of every pair: those of its row, the softmax's coefficients weighted."""
-    rows = pairs.rows.long()
-    c = coefficients.rows(rows)
+    values = RowValues.of(problem, statistics, coefficients).rows(pairs.rows.long())
+    c = values.coefficients
     # Without a cap the smoothing term is of rank one as a whole, and nothing of it is left to the blocks.
     d = c.d * pairs.weights if c.d is not None and problem.shape.softcapped else None
     b = None if c.b is None else c.b * pairs.weights
-    return RowValues(
-        logsumexp=statistics.logsumexp[rows],
-        target=problem.target[rows],
-        target_logit=statistics.target_logit[rows],
-        coefficients=Coefficients(a=c.a * pairs.weights, b=b, c=c.c, d=d),
-        smoothing_outside=True,
-    )
+    weighted = Coefficients(a=c.a * pairs.weights, b=b, c=c.c, d=d)
+    return replace(values, coefficients=weighted, smoothing_outside=True)
 
 
 class SmoothingRankOne:

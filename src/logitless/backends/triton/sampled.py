@@ -65,7 +65,8 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         whole = statistics
         if problem.merge is not None:
             assert rows.stop - rows.start == shape.tokens, "a shard's rows are merged at once"
-            whole = replace(statistics, logsumexp=problem.merge(statistics, rows)().logsumexp)
+            merged = problem.merge(statistics, rows)()
+            whole = replace(statistics, peak=merged.peak, log_sum=merged.log_sum)
         selection.add(scratch.tables, rows.start, rows.stop - rows.start, whole)
     write_ranks(launcher, scratch, statistics)
     del scratch, rounding
@@ -129,13 +130,13 @@ class _Grouped:
     def correct(self, statistics: Statistics, kept: Kept) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Correct the statistics of a scan in eight bits, in place.
 
-        Returns [P] the pairs' weights, [P, BLOCK] their probabilities, less 1 at the target, under the log-sum-exp
-        before it was corrected, and that [N].
+        Returns [P] the pairs' weights, [P, BLOCK] their probabilities, less 1 at the target, under the log-sum before
+        it was corrected, and that [N].
         """
         problem, head, (rows, slots) = self._problem, self._problem.head, kept.blocks.shape
         sums, weights = self._empty(rows, slots), self._empty(self._pairs.shape[0])
         excess = self._empty(self._pairs.shape[0], BLOCK, dtype=self._shape.compute_dtype)
-        scanned = statistics.logsumexp.clone()
+        scanned = statistics.log_sum.clone()
         programs, size = GRADIENT_PROGRAMS * self._processors, triton.next_power_of_2(slots)
         pair_sums_kernel[(programs,)](
             self._hidden,
@@ -151,7 +152,8 @@ class _Grouped:
             excess,
             sums if problem.bias is None else problem.bias.contiguous(),
             problem.target,
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             statistics.target_logit,
             self._hidden.stride(0),
             self._shape.hidden,
@@ -172,15 +174,15 @@ class _Grouped:
             num_stages=self._tile.stages,
         )
         correct_kernel[(ceil_div(rows, CORRECTED_ROWS),)](
-            kept.blocks, kept.shares, kept.weights, sums, statistics.logsumexp, rows, slots,
+            kept.blocks, kept.shares, kept.weights, sums, statistics.log_sum, rows, slots,
             ROWS=CORRECTED_ROWS, SLOTS=size, num_warps=4,
         )  # fmt: skip
         if statistics.smooth_logit is not None:
-            self._smooth_logits(statistics.smooth_logit)
+            self._smooth_logits(statistics.smooth_logit, statistics.peak)
         return weights, excess, scanned
 
-    def _smooth_logits(self, result: torch.Tensor) -> None:
-        """[N] sums of the logits weighted by the smoothing: one vector product."""
+    def _smooth_logits(self, result: torch.Tensor, peak: torch.Tensor) -> None:
+        """[N] sums of the logits less the peak, weighted by the smoothing: one vector product."""
         problem, smoothing = self._problem, self._problem.smoothing
         assert smoothing is not None
         offset = torch.zeros(1, device=self._device)
@@ -202,6 +204,8 @@ class _Grouped:
             MASKED=counted is not None,
             num_warps=4,
         )
+        mass = smoothing.sum() if isinstance(smoothing, torch.Tensor) else smoothing * self._shape.vocabulary
+        result.sub_(peak * mass)
 
     def kept_gradient(
         self,
@@ -224,7 +228,8 @@ class _Grouped:
             gradient,
             self._problem.target,
             scanned,
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             statistics.target_logit,
             c.a,
             c.c,
@@ -257,7 +262,8 @@ class _Grouped:
             or_other(self._vector, c.a),
             or_other(shares, c.a),
             problem.target,
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             c.a,
             or_other(c.b, c.a),
             c.c,
