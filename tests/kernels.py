@@ -20,7 +20,7 @@ from tolerance import FACTOR, floor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter misreads bf16 operands of the tensor copy engine.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
-STATISTICS = frozenset({"entropy", "smooth_logit", "prediction", "target_rank"})
+STATISTICS = frozenset({"mean_gap", "smooth_logit", "prediction", "target_rank"})
 LOG2 = 0.6931471805599453
 
 
@@ -142,10 +142,9 @@ def statistic(problem: Problem, name: str, dtype: torch.dtype, narrow: torch.dty
     peak = torch.where(peak == -torch.inf, 0, peak)
     below = z - peak[:, None]
     log_sum = below.exp().sum(1).log()
-    if name == "entropy":
-        log_p = below - log_sum[:, None]
-        p = log_p.exp()
-        return -torch.where(p == 0, 0.0, p * log_p).sum(1)
+    if name == "mean_gap":
+        p = (below - log_sum[:, None]).exp()
+        return -torch.where(p == 0, 0.0, p * below).sum(1)
     return {
         "peak": lambda: peak,
         "log_sum": lambda: log_sum,
@@ -169,11 +168,10 @@ def logits_gradient(
     With ``narrow``, logits and gradient are rounded to that dtype, as plain operations in it do.
     """
     z = logits(problem, dtype, narrow)
-    log_p = z.log_softmax(1)
-    p = log_p.exp()
+    p = z.log_softmax(1).exp()
     dz = coefficients.a.to(dtype)[:, None] * p
     if coefficients.b is not None:
-        dz = dz + coefficients.b.to(dtype)[:, None] * torch.where(p == 0, 0.0, p * log_p)
+        dz = dz + coefficients.b.to(dtype)[:, None] * torch.where(p == 0, 0.0, p * (z - z.amax(1, keepdim=True)))
     dz = dz.scatter_add(1, problem.target[:, None], -coefficients.c.to(dtype)[:, None])
     if coefficients.d is not None:
         dz = dz - coefficients.d.to(dtype)[:, None] * smoothing(problem, dtype)

@@ -402,7 +402,6 @@ def test_loud_channels_cost_no_accuracy():
     exact = hidden @ weight.T
     none, some = torch.arange(0), loud_channels(hidden)
     without, given = (
-        (products_in_eight_bits(hidden, weight, channels) - exact).square().mean().sqrt()
-        for channels in (none, some)
+        (products_in_eight_bits(hidden, weight, channels) - exact).square().mean().sqrt() for channels in (none, some)
     )
     assert given < without / 10

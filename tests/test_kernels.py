@@ -335,7 +335,7 @@ def test_statistics_not_asked_for_are_not_computed():
     tables, target_logit = launcher.tables(17), launcher.empty(17)
     launcher.scan(gathered(launcher, slice(0, 17)), 0, slice(0, 300), tables, target_logit)
     launcher.combine(tables, target_logit, 0, 17, statistics := new_statistics(problem))
-    assert [tables.entropy, tables.smooth, tables.largest, statistics.entropy, statistics.prediction] == [None] * 5
+    assert [tables.gap, tables.smooth, tables.largest, statistics.mean_gap, statistics.prediction] == [None] * 5
     for name in ("peak", "log_sum"):
         check(name, getattr(statistics, name), lambda dtype, name=name: statistic(problem, name, dtype))
 
@@ -422,7 +422,7 @@ def test_order_of_rows_does_not_matter():
     turned = replace(problem, hidden=problem.hidden[turn], target=problem.target[turn], counted=problem.counted[turn])
     first, second = scanned(problem)[2], scanned(turned)[2]
     for name, value in vars(first).items():
-        if name in ("entropy", "smooth_logit") and DEVICE == "cuda":
+        if name in ("mean_gap", "smooth_logit") and DEVICE == "cuda":
             torch.testing.assert_close(getattr(second, name), value[turn], rtol=1e-5, atol=1e-5)
         elif name != "residuals":
             assert torch.equal(value[turn], getattr(second, name)), name
@@ -842,7 +842,7 @@ def test_ignored_rows_give_the_bits_of_the_packed_problem(schedule):
     coefficients = schedule_coefficients(schedule)
     statistics, _ = evaluated(problem, schedule, coefficients)
     alone, _ = evaluated(only_counting(problem), schedule, coefficients.rows(counts))
-    for name in ("peak", "log_sum", "target_logit", "entropy", "smooth_logit", "prediction"):
+    for name in ("peak", "log_sum", "target_logit", "mean_gap", "smooth_logit", "prediction"):
         assert torch.equal(getattr(statistics, name)[counts], getattr(alone, name)), name
 
 

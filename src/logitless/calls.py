@@ -228,7 +228,9 @@ def evaluate(
     layout: sharding.Layout | None,
 ) -> tuple[torch.Tensor, ...]:
     """Plan the call and make it."""
-    hidden, weight = operands.hidden.reshape(-1, operands.hidden.shape[-1]), operands.weight
+    hidden, weight = operands.hidden, operands.weight
+    if layout is not None or torch.compiler.is_compiling():
+        hidden = hidden.reshape(-1, hidden.shape[-1])
     wants = _wanted(operands, linear_bias)
     main_grad = options.main_grad if wants[1] else None
     sampled, head = options.sampled, options.head

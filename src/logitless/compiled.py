@@ -203,8 +203,8 @@ def _saved(statistics: Statistics, prepared: Gradients | None) -> list[torch.Ten
     """Prepared gradients where there are, else statistics that coefficients are made of, and residuals."""
     if prepared is not None:
         return [g for g in (prepared.hidden, prepared.weight, prepared.bias) if g is not None]
-    entropy = [] if statistics.entropy is None else [statistics.entropy]
-    return [statistics.peak, statistics.log_sum, statistics.target_logit, *entropy, *statistics.residuals]
+    gap = [] if statistics.mean_gap is None else [statistics.mean_gap]
+    return [statistics.peak, statistics.log_sum, statistics.target_logit, *gap, *statistics.residuals]
 
 
 @linear_head.register_fake
@@ -237,7 +237,7 @@ def _(
         sizes = ((shape.tokens, shape.hidden), (shape.vocabulary, shape.hidden), (shape.vocabulary,))
         prepared = [size for size, wanted in zip(sizes, read.settings.wants, strict=True) if wanted]
         return [*outputs, *(hidden.new_empty(size, dtype=dtype) for size in prepared)]
-    statistics = [rows(dtype) for _ in range(4 if "entropy" in shape.statistics else 3)]
+    statistics = [rows(dtype) for _ in range(4 if "mean_gap" in shape.statistics else 3)]
     left = backends.load(call.plan.backend).residuals(shape, call.plan.schedule) if shape.any_gradient else []
     return [*outputs, *statistics, *(hidden.new_empty(size, dtype=kind) for size, kind in left)]
 
@@ -261,13 +261,13 @@ def linear_head_backward(
     """The gradients that are wanted, in their tensors' dtypes, from upstream gradients of the outputs ``given``."""
     read = _read(text)
     call = _call(read, hidden, weight, bias, target, counted, scale, class_weight, smoothing, offsets)
-    entropy = "entropy" in call.shape.statistics
+    gap = "mean_gap" in call.shape.statistics
     statistics = Statistics(
         peak=saved[0],
         log_sum=saved[1],
         target_logit=saved[2],
-        entropy=saved[3] if entropy else None,
-        residuals=tuple(saved[3 + entropy :]),
+        mean_gap=saved[3] if gap else None,
+        residuals=tuple(saved[3 + gap :]),
     )
     by_output: list[torch.Tensor | None] = [None] * (1 if read.loss is not None else len(read.outputs))
     for index, grad in zip(given, upstream, strict=True):

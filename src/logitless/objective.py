@@ -9,9 +9,11 @@ and with upstream gradient g its gradient has, in the form of ``Coefficients``,
 
     a = g t ((1 - e) w_y + e S + 2 z_loss lse),   b = 0,   c = g t (1 - e) w_y,   d = g t e.
 
-The statistics of ``token_statistics`` with upstream gradients g (nll), l (logsumexp) and h (entropy H) have
+The statistics of ``token_statistics`` with upstream gradients g (nll), l (logsumexp) and h (entropy) have
 
-    a = g + l - h H,   b = -h,   c = g,   d = 0.
+    a = g + l - h E[z0 - z],   b = -h,   c = g,   d = 0,
+
+where z0 is the row's peak and E the softmax expectation, ``mean_gap``.
 
 Every difference of logits is formed before it is rounded: ``lse - z`` is ``(peak - z) + log_sum`` (see ``Statistics``).
 Tokens that do not count are selected away, whatever their weights and upstream gradients hold: 0 times NaN is NaN.
@@ -116,7 +118,7 @@ class StatisticsObjective:
         """What the outputs are made of."""
         wanted: set[Statistic] = set()
         if "entropy" in self.names:
-            wanted.add("entropy")
+            wanted.add("mean_gap")
         if "prediction" in self.names:
             wanted.add("prediction")
         if "target_rank" in self.names:
@@ -141,8 +143,8 @@ class StatisticsObjective:
         if name == "nll":
             value = negative_log_likelihood(statistics)
         elif name == "entropy":
-            assert statistics.entropy is not None
-            value = statistics.entropy
+            assert statistics.mean_gap is not None
+            value = statistics.log_sum + statistics.mean_gap
         return select(self.valid, value * self.scale)
 
     def coefficients(self, statistics: Statistics, upstream: tuple[torch.Tensor | None, ...]) -> Coefficients:
@@ -157,9 +159,9 @@ class StatisticsObjective:
         a = c + given.get("logsumexp", zero)
         b = None
         if "entropy" in given:
-            assert statistics.entropy is not None
+            assert statistics.mean_gap is not None
             b = -given["entropy"]
-            a = a + select(self.valid, b * statistics.entropy)
+            a = a + select(self.valid, b * statistics.mean_gap)
         return Coefficients(a=a, b=b, c=c, d=None)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from logitless import backends
-from logitless.backends.contract import Gradients, Problem, Schedule, Shape, Statistics
+from logitless.backends.contract import Gradients, Problem, Schedule, Shape, Statistics, rows_of
 from logitless.dtensors import arrived
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import HeadOptions
@@ -68,13 +68,16 @@ class Call:
     def problem(
         self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, merge: Merging | None = None
     ) -> Problem:
-        """The problem of the rows that count, packed."""
-        packed = hidden if self.rows is None else hidden.index_select(0, self.rows)
-        if self.counted is not None and not backends.load(self.plan.backend).SKIPS_ROWS:
-            packed = packed.masked_fill(~self.counted[:, None], 0)  # zero times what ignored rows hold could be NaN
+        """The problem of the rows that count."""
+        matrix, index = rows_of(hidden)
+        if self.rows is not None:
+            index = self.rows if index is None else index[self.rows]
+        if backends.load(self.plan.backend).READS_MATRIX:
+            matrix = (matrix if index is None else matrix.index_select(0, index)).contiguous()
+            index = None
         return Problem(
             shape=self.shape,
-            hidden=packed.contiguous(),
+            hidden=matrix,
             weight=weight,
             bias=bias,
             target=self.target,
@@ -84,6 +87,7 @@ class Call:
             main_grad=self.main_grad,
             offsets=self.offsets,
             merge=merge,
+            hidden_index=index,
         )
 
     def spread(self, packed: torch.Tensor, fill: int = 0) -> torch.Tensor:
@@ -95,7 +99,7 @@ class Call:
 
 
 def apply(
-    hidden: torch.Tensor,  # [total_rows, D]
+    hidden: torch.Tensor,  # [..., D], total_rows of them
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
     call: Call,
@@ -155,7 +159,7 @@ def _nothing_seen(problem: Problem, schedule: Schedule) -> Statistics:
             peak=zero,
             log_sum=torch.full_like(zero, -torch.inf),
             target_logit=zero,
-            entropy=zero if "entropy" in wanted else None,
+            mean_gap=zero if "mean_gap" in wanted else None,
             smooth_logit=zero if "smooth_logit" in wanted else None,
             prediction=zero.long() if "prediction" in wanted else None,
         )
@@ -216,7 +220,7 @@ def _no_gradients(problem: Problem) -> Gradients:
     """Of an empty shard."""
     shape, dtype = problem.shape, problem.shape.statistics_dtype
     return Gradients(
-        hidden=torch.zeros(problem.hidden.shape, dtype=dtype, device=problem.hidden.device)
+        hidden=torch.zeros(shape.tokens, shape.hidden, dtype=dtype, device=problem.hidden.device)
         if shape.hidden_gradient
         else None,
         weight=problem.weight.new_zeros(shape.weight_gradient_size, dtype=dtype) if shape.weight_gradient else None,
@@ -289,7 +293,7 @@ def _gradients(
     if packed is not None and (shard is None or shard.layout.rows is None):
         packed = call.spread(packed)
     return (
-        packed,
+        None if packed is None else packed.view(hidden.shape),
         _handed_on(gradients, "weight", scale, call.appended or weight.dtype),
         None if bias is None else _handed_on(gradients, "bias", scale, bias.dtype),
     )

@@ -6,7 +6,7 @@ entry. What its row is in the whole vocabulary follows from one all-gather of ``
     peak         = max_r peak_r                          prediction   = that of the first rank with the largest logit
     log_sum      = log sum_r exp(peak_r - peak + log_sum_r)
     target_logit = that of the rank that has the target
-    entropy      = sum_r q_r (entropy_r - log q_r)       log q_r      = peak_r - peak + log_sum_r - log_sum
+    mean_gap     = sum_r q_r (mean_gap_r + peak - peak_r),   q_r = exp(peak_r - peak + log_sum_r - log_sum)
     smooth_logit = sum_r (smooth_logit_r + (peak_r - peak) sum_v s_v), v in the shard of r
 
 and gradients follow from these and the coefficients, of which ``c`` is 0 on ranks that do not have the target: those of
@@ -188,8 +188,8 @@ def _packed(part: Statistics, has_target: torch.Tensor, first: int, smoothing: t
     """[C, N] what the ranks tell each other; indices travel as the bits of a float."""
     zero = torch.zeros_like(part.target_logit)
     columns = [part.peak, part.log_sum, torch.where(has_target, part.target_logit, zero)]
-    if part.entropy is not None:
-        columns.append(part.entropy)
+    if part.mean_gap is not None:
+        columns.append(part.mean_gap)
     if part.smooth_logit is not None:
         columns += [part.smooth_logit, zero + smoothing]
     if part.prediction is not None:
@@ -208,11 +208,10 @@ def _merged(table: torch.Tensor, part: Statistics) -> Statistics:
     below = peaks - peak
     log_sum = (below + log_sums).exp().sum(0).log()
     target_logit = next(columns).sum(0)
-    entropy = smooth = prediction = None
-    if part.entropy is not None:
-        log_share = (below + log_sums) - log_sum
-        share = log_share.exp()
-        entropy = torch.where(share == 0, 0.0, share * (next(columns) - log_share)).sum(0)
+    mean_gap = smooth = prediction = None
+    if part.mean_gap is not None:
+        share = ((below + log_sums) - log_sum).exp()
+        mean_gap = torch.where(share == 0, 0.0, share * (next(columns) - below)).sum(0)
     if part.smooth_logit is not None:
         smooth, smoothing = next(columns), next(columns)
         smooth = (smooth + torch.where(below == -torch.inf, 0.0, below) * smoothing).sum(0)
@@ -220,7 +219,7 @@ def _merged(table: torch.Tensor, part: Statistics) -> Statistics:
         bits = next(columns)
         integer = torch.int64 if bits.dtype == torch.float64 else torch.int32
         prediction = bits.contiguous().view(integer).gather(0, rank[None])[0].long()
-    return Statistics(peak, log_sum, target_logit, entropy, smooth, prediction)
+    return Statistics(peak, log_sum, target_logit, mean_gap, smooth, prediction)
 
 
 # --- agreement --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 With ``k_v = (z_v / cap)^2`` (0 without a cap) and ``r_v`` the weight of v's block (1 for the exact gradient), the
 gradient of a row's capped logits, scale apart, is
 
-    dz_v = r_v (1 - k_v) p_v (a + b log p_v) - (1 - k_v) c [v = target] - (1 - r_v k_v) d s_v
+    dz_v = r_v (1 - k_v) p_v (a + b (z_v - z0)) - (1 - k_v) c [v = target] - (1 - r_v k_v) d s_v
 
 which for r = 1 is the form of ``Coefficients`` times the chain factor of the cap. Memory is that of the
 two-stage pipeline and more; of the schedule, only whether the gradient is sampled matters.
@@ -36,7 +36,7 @@ from logitless.options import BLOCK
 from logitless.quantisation import left_operand, loud_channels, mean_row, right_operand
 from logitless.sampling import block_sums, inclusion_weights, mix_in_smoothing
 
-SKIPS_ROWS = False
+READS_MATRIX = False
 
 
 def unsupported(shape: Shape) -> str | None:
@@ -73,7 +73,7 @@ def _operands(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states and weight as they enter the products: rounded to the compute dtype, held wider."""
     shape = problem.shape
     return (
-        problem.hidden.to(shape.compute_dtype).to(shape.statistics_dtype),
+        problem.hidden_rows(slice(0, shape.tokens)).to(shape.compute_dtype).to(shape.statistics_dtype),
         problem.weight.to(shape.compute_dtype).to(shape.statistics_dtype),
     )
 
@@ -112,15 +112,15 @@ def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | No
     target_logit = z.gather(1, problem.target[:, None])
     peak, log_sum = _log_sum_exp(z)
     above = target_logit if problem.rank_above is None else problem.rank_above[:, None]
-    entropy = None
-    if "entropy" in wanted:
-        log_p = (z - peak[:, None]) - log_sum[:, None]
-        entropy = -_times_log(log_p.exp(), log_p).sum(1)
+    mean_gap = None
+    if "mean_gap" in wanted:
+        below = z - peak[:, None]
+        mean_gap = -_weighted((below - log_sum[:, None]).exp(), below).sum(1)
     return Statistics(
         peak=peak,
         log_sum=log_sum,
         target_logit=target_logit[:, 0],
-        entropy=entropy,
+        mean_gap=mean_gap,
         smooth_logit=_smooth_logit(problem, z, peak),
         prediction=z.argmax(1) if "prediction" in wanted else None,
         target_rank=(z > above).sum(1) if "target_rank" in wanted else None,
@@ -134,9 +134,9 @@ def _log_sum_exp(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return peak, (z - peak[:, None]).exp().sum(1).log()
 
 
-def _times_log(p: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """``p log p``, which is 0 where p is."""
-    return torch.where(p == 0, 0.0, p * log_p)
+def _weighted(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The product, and 0 where p is, whatever is infinite there."""
+    return torch.where(p == 0, 0.0, p * values)
 
 
 def _smooth_logit(problem: Problem, z: torch.Tensor, peak: torch.Tensor) -> torch.Tensor | None:
@@ -183,8 +183,8 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     shape, head = problem.shape, problem.head
     hidden, weight = _operands(problem)
     z = _logits(problem)
-    log_p = (z - statistics.peak[:, None]) - statistics.log_sum[:, None]
-    p = log_p.exp()
+    below = z - statistics.peak[:, None]
+    p = (below - statistics.log_sum[:, None]).exp()
     k = torch.zeros_like(z) if head.softcap is None else (z / head.softcap).square()
     r = torch.ones_like(z)
     if schedule.strategy == "sampled":
@@ -193,7 +193,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
 
     dz = p * coefficients.a[:, None]
     if coefficients.b is not None:
-        dz = dz + _times_log(p, log_p) * coefficients.b[:, None]
+        dz = dz + _weighted(p, below) * coefficients.b[:, None]
     dz = r * dz
     dz.scatter_add_(1, problem.target[:, None], -coefficients.c[:, None])
     dz = dz * (1 - k)

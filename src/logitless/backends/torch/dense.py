@@ -93,7 +93,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     buffer = projection.buffer(schedule.rows * schedule.window if None in places else 0)
     parts = []
     for rows in slices(shape.tokens, schedule.rows):
-        running, hidden = RunningStatistics(problem, rows), projection.hidden[rows]
+        running, hidden = RunningStatistics(problem, rows), projection.hidden(rows)
         for number, (columns, place) in enumerate(zip(windows, places, strict=True)):
             raw = projection.multiply(hidden, columns, buffer if place is None else place)
             running.add(raw, columns, projection, leave_softmax=place is not None and projection.leaves_softmax)
@@ -138,7 +138,8 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         weight_gradient = new_weight_gradient(problem) if problem.main_grad is None else problem.main_grad
     hidden_adder = PartialSum(projection, shape.tokens)
     weight_writer = PartialSum(projection, min(schedule.backward_window, shape.vocabulary))
-    buffer, trained = None, projection.hidden[:, shape.trained_columns]
+    buffer, hidden = None, projection.hidden(slice(0, shape.tokens))
+    trained = hidden[:, shape.trained_columns]
     for number, columns in enumerate(slices(shape.vocabulary, schedule.backward_window)):
         place = left.place(number)
         size = (shape.tokens, columns.stop - columns.start)
@@ -148,7 +149,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
             if buffer is None:
                 buffer = projection.buffer(shape.tokens * schedule.backward_window)
             if place is None:
-                raw = projection.multiply(projection.hidden, columns, buffer)
+                raw = projection.multiply(hidden, columns, buffer)
             else:  # what the forward pass left must stay as it is
                 raw = buffer[: size[0] * size[1]].view(size).copy_(place[: size[0] * size[1]].view(size))
         here = replace(
@@ -223,7 +224,7 @@ class _Chunks:
     def scan(self, number: int, rows: slice) -> tuple[torch.Tensor, Statistics]:
         """A chunk's logits, or their softmax, and its statistics."""
         projection, vocabulary = self._projection, self._problem.shape.vocabulary
-        hidden = projection.hidden[rows]
+        hidden = projection.hidden(rows)
         buffer = self._buffers[number % len(self._buffers)]
         raw = buffer[: hidden.shape[0] * vocabulary].view(hidden.shape[0], vocabulary)
         for columns in self._windows:
@@ -235,7 +236,7 @@ class _Chunks:
     def add_gradient(self, raw: torch.Tensor, rows: slice, part: Statistics, whole: Statistics) -> None:
         """A chunk's gradient, in place of what ``scan`` left, into those of hidden states, weight and bias."""
         problem, projection, gradients = self._problem, self._projection, self.gradients
-        trained, target = projection.hidden[rows, problem.shape.trained_columns], problem.target[rows]
+        trained, target = projection.hidden(rows)[:, problem.shape.trained_columns], problem.target[rows]
         values = RowValues(
             peak=whole.peak,
             log_sum=whole.log_sum,
@@ -293,7 +294,7 @@ class PartialSum:
 
 def new_accumulator(projection: Projection, *size: int) -> torch.Tensor:
     """Zeros in the statistics dtype."""
-    return torch.zeros(size, dtype=projection.statistics_dtype, device=projection.hidden.device)
+    return torch.zeros(size, dtype=projection.statistics_dtype, device=projection.device)
 
 
 def new_gradients(projection: Projection) -> Gradients:
@@ -301,7 +302,7 @@ def new_gradients(projection: Projection) -> Gradients:
 
     The bias's is added up a few rows at a time, of terms of both signs: in fp64, where a device has it at no cost.
     """
-    shape, device = projection.problem.shape, projection.hidden.device
+    shape, device = projection.problem.shape, projection.device
     dtype = torch.float64 if device.type == "cpu" else projection.statistics_dtype
     bias = torch.zeros(shape.vocabulary, dtype=dtype, device=device)
     return Gradients(

@@ -27,11 +27,16 @@ class ScanProjection(Projection):
     def __init__(self, problem: Problem, rows: int, columns: int) -> None:
         """For tiles of at most [rows, columns]."""
         super().__init__(problem, rows, columns)
-        self._channels, self._mean = loud_channels(problem.hidden), mean_row(problem.weight)
+        hidden = problem.hidden_rows(slice(0, problem.shape.tokens))
+        self._channels, self._mean = loud_channels(hidden), mean_row(problem.weight)
         width = problem.shape.hidden + 2 * self._channels.shape[0] + 1
         self._window = self.buffer(columns * width).view(columns, width)
-        self.hidden = self.buffer(problem.shape.tokens * width).view(-1, width)
-        self._round(problem.hidden, left_operand, self.hidden)
+        self._hidden = self.buffer(problem.shape.tokens * width).view(-1, width)
+        self._round(hidden, left_operand, self._hidden)
+
+    def hidden(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """[R, D + 2 C + 1] some of the hidden states."""
+        return self._hidden[rows]
 
     def weight(self, columns: slice) -> torch.Tensor:
         """[U, D + 2 C + 1] those rows of the weight; valid until the next call."""
@@ -88,7 +93,7 @@ def corrected(problem: Problem, statistics: Statistics, pairs: Pairs, scanned: S
         weight = projection.weight(columns)
         for group in slices(starts[block + 1] - starts[block], GROUP_ROWS):
             here = slice(starts[block] + group.start, starts[block] + group.stop)
-            z = projection.logits_(projection.hidden[rows[here]] @ weight.T, columns)
+            z = projection.logits_(projection.hidden(rows[here]) @ weight.T, columns)
             peak = z.amax(1)
             peak = torch.where(peak == -torch.inf, 0, peak)
             sums = (z - peak[:, None]).exp_().sum(1)
@@ -122,7 +127,7 @@ def _smooth_logit(
     if problem.head.softcap is None:
         vector, total = smoothed_weight(problem), torch.empty_like(statistics.log_sum)
         for rows in slices(problem.shape.tokens, GROUP_ROWS):
-            total[rows] = projection.hidden[rows] @ vector
+            total[rows] = projection.hidden(rows) @ vector
         total.mul_(problem.head.logit_scale)
         smoothing = smoothing_weights(problem, slice(0, problem.shape.vocabulary))
         if problem.bias is not None:

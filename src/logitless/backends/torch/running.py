@@ -33,7 +33,7 @@ class RunningStatistics:
             return torch.zeros(count, dtype=torch.int64, device=device)
 
         self._maximum, self._sum, self._target_logit = floats(-torch.inf), floats(0), floats(0)
-        self._weighted = floats(0) if "entropy" in wanted else None
+        self._weighted = floats(0) if "mean_gap" in wanted else None
         self._smooth = floats(0) if problem.smoothing is not None else None
         self._smoothing_seen: torch.Tensor | float = 0.0
         self._prediction = integers() if "prediction" in wanted else None
@@ -156,12 +156,11 @@ class RunningStatistics:
 
     def finish(self) -> Statistics:
         """Statistics of the rows, all windows seen."""
-        log_sum = self._sum.log()
         return Statistics(
             peak=torch.where(self._maximum == -torch.inf, 0, self._maximum),
-            log_sum=log_sum,
+            log_sum=self._sum.log(),
             target_logit=self._target_logit,
-            entropy=None if self._weighted is None else log_sum - self._weighted / self._sum,
+            mean_gap=None if self._weighted is None else -self._weighted / self._sum,
             smooth_logit=self._smooth,
             prediction=self._prediction,
             target_rank=self._rank,

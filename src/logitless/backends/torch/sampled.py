@@ -34,7 +34,7 @@ from logitless.backends.torch.dense import (
 from logitless.backends.torch.estimated import Scanned, ScanProjection, corrected
 from logitless.backends.torch.pairs import GROUP_ROWS, Pairs
 from logitless.backends.torch.running import RunningStatistics
-from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights, weighted_row_sum
+from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights, weighted_hidden
 from logitless.backends.torch.tiles import Projection, RowValues, slices
 from logitless.options import BLOCK
 from logitless.sampling import block_count, inclusion_weights, kept_pairs_bound, mix_in_smoothing
@@ -72,7 +72,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
             scanned_of.append(Scanned.of(running, row, block))
 
     for rows in slices(shape.tokens, schedule.rows):
-        running, hidden = RunningStatistics(problem, rows), projection.hidden[rows]
+        running, hidden = RunningStatistics(problem, rows), projection.hidden(rows)
         for columns in slices(shape.vocabulary, schedule.window):
             running.add(projection.multiply(hidden, columns, buffer), columns, projection)
         part = running.finish()
@@ -219,7 +219,7 @@ class Group:
         self._entries = projection.product_entries(self.target_values)
         self._narrow_entries = self._entries.to(projection.dtype)
         self._hit_list: list[int] = hits.tolist()
-        hidden = projection.hidden.shape[1]
+        hidden = problem.shape.hidden
         self._hidden_buffer = projection.buffer(GROUP_ROWS * hidden).view(GROUP_ROWS, hidden)
         self._part_buffer = projection.buffer(GROUP_ROWS * hidden).view(GROUP_ROWS, hidden)
         self._buffer = projection.buffer(GROUP_ROWS * BLOCK)
@@ -229,7 +229,7 @@ class Group:
         count = pairs.stop - pairs.start
         self._rows_here, self._columns = self._rows[pairs], columns
         self.hidden = self._hidden_buffer[: -(-count // ROW_MULTIPLE) * ROW_MULTIPLE]
-        torch.index_select(self._projection.hidden, 0, self._rows_here, out=self.hidden[:count])
+        self.hidden[:count] = self._projection.hidden(self._rows_here)
         self.hidden[count:].zero_()
         self.trained = self.hidden[:, self._trained_columns]
         self._raw = self._projection.multiply(self.hidden, columns, self._buffer)
@@ -275,7 +275,7 @@ class SmoothingRankOne:
     @functools.cached_property
     def _row_sum(self) -> torch.Tensor:
         """[D] sum of d_i x_i."""
-        return weighted_row_sum(self._problem.hidden, lambda rows: self._d[rows], self._d.dtype)
+        return weighted_hidden(self._problem, self._d)
 
     def add_to_weight(self, gradient: torch.Tensor, columns: slice) -> None:
         """To the rows ``columns`` of the weight gradient."""

@@ -40,7 +40,7 @@ def fuses_softmax(shape: Shape) -> bool:
         shape.device_type == "cpu"
         and shape.statistics_dtype == torch.float32
         and not shape.biased
-        and not shape.statistics & {"entropy", "prediction"}
+        and not shape.statistics & {"mean_gap", "prediction"}
     )
 
 
@@ -153,14 +153,18 @@ class Projection:
         shape = problem.shape
         self.dtype = shape.product_dtype
         self.statistics_dtype = shape.statistics_dtype
-        self.hidden = problem.hidden.to(self.dtype)  # [N, D]
-        self.scratch = Scratch(scratch_elements(shape, rows, columns), self.statistics_dtype, self.hidden.device)
+        self.device = problem.hidden.device
+        self.scratch = Scratch(scratch_elements(shape, rows, columns), self.statistics_dtype, self.device)
         self._bias = None if problem.bias is None else problem.bias.to(self.statistics_dtype)
         self._copied_weight: torch.Tensor | None = None
         self._copies = problem.weight.dtype != self.dtype or shape.weight_layout == "strided"
         self.fused_softmax = fuses_softmax(shape)
         self.leaves_softmax = self.fused_softmax and problem.head.softcap is None
         """Whether a tile that is kept can hold its softmax: the gradient is a multiple of that, and needs no logits."""
+
+    def hidden(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """[R, D] some of the hidden states in the product dtype."""
+        return self.problem.hidden_rows(rows).to(self.dtype)
 
     @property
     def copies_weight(self) -> bool:
@@ -169,7 +173,7 @@ class Projection:
 
     def buffer(self, elements: int) -> torch.Tensor:
         """A flat buffer for raw products."""
-        return torch.empty(elements, dtype=self.dtype, device=self.hidden.device)
+        return torch.empty(elements, dtype=self.dtype, device=self.device)
 
     def weight(self, columns: slice) -> torch.Tensor:
         """[U, D] those rows of the weight in the product dtype; valid until the next call."""
@@ -261,7 +265,7 @@ class Projection:
             else:
                 z.clamp_min_(LOWEST_LOGIT)
                 factor = torch.mul(z, (share * c.b)[:, None], out=self.scratch.take("factor", *shape))
-                factor.add_((share * (c.a - c.b * rows.log_sum))[:, None])
+                factor.add_((share * c.a)[:, None])
                 z.exp_().mul_(factor)
         if c.d is not None:
             _add_outer_(z, -c.d, self.smoothing(columns))
@@ -296,11 +300,12 @@ class Projection:
         It is that of the scaled product, as the bias has it: the product's own is ``logit_scale`` times that.
         """
         c = rows.coefficients
-        log_p = (rows.target_logit - rows.peak) - rows.log_sum
+        below = rows.target_logit - rows.peak
+        log_p = below - rows.log_sum
         p = log_p.exp()
         entries = (c.a - c.c) * p + c.c * log_p.expm1()  # a p - c, of a p near c
         if c.b is not None:
-            entries = entries + c.b * torch.where(p == 0, 0.0, p * log_p)
+            entries = entries + c.b * torch.where(p == 0, 0.0, p * below)
         smooth: torch.Tensor | float = 0.0
         if c.d is not None:
             smoothing = self.problem.smoothing

@@ -95,7 +95,7 @@ def new_statistics(problem: Problem) -> Statistics:
         peak=zeros(),
         log_sum=zeros(),
         target_logit=zeros(),
-        entropy=zeros() if "entropy" in wanted else None,
+        mean_gap=zeros() if "mean_gap" in wanted else None,
         smooth_logit=zeros() if "smooth_logit" in wanted else None,
         prediction=zeros(torch.int64) if "prediction" in wanted else None,
         target_rank=zeros(torch.int64) if "target_rank" in wanted else None,

@@ -5,8 +5,7 @@
     log_sum[t, i] = log2 sum_{v in tile t} e^(z_iv - peak[t, i])
     target[i]     = z_i,target(i)
 
-and from the tables, row by row, the largest peak and the log-sum relative to it: see ``Statistics``. A table of
-entropies has each tile's own, to which the row's adds the entropy of the tiles' shares; all terms are of one sign.
+and from the tables, row by row, the largest peak and the log-sum relative to it: see ``Statistics``.
 """
 
 from __future__ import annotations
@@ -36,11 +35,14 @@ def target_logits(z, first, target):
 
 
 @triton.jit
-def block_entropy(z, peak, log_sum, first, vocabulary, BLOCK: tl.constexpr):
-    """[R * U / BLOCK] entropy of each block's own softmax; an entry of no probability adds nothing."""
+def mean_gap(z, peak, log_sum, first, vocabulary, BLOCK: tl.constexpr):
+    """[R * U / BLOCK] what the logit lies below the block's peak, in the mean of the block's own softmax.
+
+    An entry of no probability adds nothing.
+    """
     below = in_blocks(mask_columns(z, first, vocabulary, -float("inf")), BLOCK) - peak[:, None]
     p = tl.exp2(below * LOG2E - log_sum[:, None])
-    return LN2 * log_sum - tl.sum(tl.where(p == 0, 0.0, p * below), 1)
+    return -tl.sum(tl.where(p == 0, 0.0, p * below), 1)
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def scan_kernel(
     count,  # [1] int32
     peaks,  # [T, table_stride] fp32
     log_sums,  # [T, table_stride] fp32
-    entropy_table,  # [T, table_stride] fp32 where ENTROPY
+    gap_table,  # [T, table_stride] fp32 where GAP
     smooth_table,  # [T, table_stride] fp32 where SMOOTH
     largest,  # [T, table_stride] fp32 where PREDICT
     largest_index,  # [T, table_stride] int32 where PREDICT
@@ -103,7 +105,7 @@ def scan_kernel(
     BLOCK: tl.constexpr,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
+    GAP: tl.constexpr,
     SMOOTH: tl.constexpr,
     SMOOTH_VECTOR: tl.constexpr,
     PREDICT: tl.constexpr,
@@ -162,9 +164,9 @@ def scan_kernel(
                 peak, log_sum = log_sum_exp(z, column, vocabulary, BLOCK)
             tl.store(peaks + entry, tl.reshape(peak, (BM, BN // BLOCK)), mask=within)
             tl.store(log_sums + entry, tl.reshape(log_sum, (BM, BN // BLOCK)), mask=within)
-            if ENTROPY:
-                entropy = block_entropy(z, peak, log_sum, column, vocabulary, BLOCK)
-                tl.store(entropy_table + entry, tl.reshape(entropy, (BM, BN // BLOCK)), mask=within)
+            if GAP:
+                gap = mean_gap(z, peak, log_sum, column, vocabulary, BLOCK)
+                tl.store(gap_table + entry, tl.reshape(gap, (BM, BN // BLOCK)), mask=within)
             if SMOOTH:
                 smooth = smooth_logit(z, peak, smoothing, uniform_smoothing, column, vocabulary, BLOCK, SMOOTH_VECTOR)
                 tl.store(smooth_table + entry, tl.reshape(smooth, (BM, BN // BLOCK)), mask=within)
@@ -179,7 +181,7 @@ def scan_kernel(
 def combine_kernel(
     peaks,  # [T, table_stride] fp32
     log_sums,  # [T, table_stride] fp32
-    entropy_table,  # [T, table_stride] fp32 where ENTROPY
+    gap_table,  # [T, table_stride] fp32 where GAP
     smooth_table,  # [T, table_stride] fp32 where SMOOTH
     smoothing_sums,  # [T] fp32 where SMOOTH
     largest,  # [T, table_stride] fp32 where PREDICT
@@ -190,7 +192,7 @@ def combine_kernel(
     peak_out,  # [N] fp32, written, as all that follow
     log_sum_out,  # [N] fp32
     target_out,  # [N] fp32
-    entropy_out,  # [N] fp32 where ENTROPY
+    gap_out,  # [N] fp32 where GAP
     smooth_out,  # [N] fp32 where SMOOTH
     prediction,  # [N] int64 where PREDICT
     table_stride,
@@ -199,7 +201,7 @@ def combine_kernel(
     rows_here,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    ENTROPY: tl.constexpr,
+    GAP: tl.constexpr,
     SMOOTH: tl.constexpr,
     PREDICT: tl.constexpr,
 ):
@@ -232,22 +234,21 @@ def combine_kernel(
     tl.store(log_sum_out + place, tl.where(counts, log_sum * LN2, 0.0), mask=inside)
     at_target = tl.load(target_logit + first_row + row, mask=inside & counts, other=0.0)
     tl.store(target_out + place, at_target, mask=inside)
-    if ENTROPY | SMOOTH | PREDICT:
-        entropy = tl.zeros((ROWS,), tl.float32)
+    if GAP | SMOOTH | PREDICT:
+        gap = tl.zeros((ROWS,), tl.float32)
         smooth = tl.zeros((ROWS,), tl.float32)
         best = tl.full((ROWS,), -float("inf"), tl.float32)
         chosen = tl.zeros((ROWS,), tl.int32)
         for first in range(0, blocks, BLOCKS):
             here = ((first + steps) < blocks)[:, None] & counts[None, :] & inside[None, :]
             entry = (first + steps).to(tl.int64)[:, None] * table_stride + row[None, :]
-            if ENTROPY | SMOOTH:
+            if GAP | SMOOTH:
                 block_peak = tl.load(peaks + entry, mask=here, other=0.0)
-            if ENTROPY:
+            if GAP:
                 block_sum = tl.load(log_sums + entry, mask=here, other=-float("inf"))
-                share = log2_share(block_peak, block_sum, peak[None, :], log_sum[None, :])
-                mass = tl.exp2(share)
-                within = tl.load(entropy_table + entry, mask=here, other=0.0)
-                entropy += tl.sum(tl.where(mass == 0, 0.0, mass * (within - share * LN2)), 0)
+                mass = tl.exp2(log2_share(block_peak, block_sum, peak[None, :], log_sum[None, :]))
+                within = tl.load(gap_table + entry, mask=here, other=0.0)
+                gap += tl.sum(tl.where(mass == 0, 0.0, mass * (within + (peak[None, :] - block_peak))), 0)
             if SMOOTH:
                 weight = tl.load(smoothing_sums + first + steps, mask=(first + steps) < blocks, other=0.0)
                 below = tl.load(smooth_table + entry, mask=here, other=0.0)
@@ -259,8 +260,8 @@ def combine_kernel(
                 index = tl.sum(tl.where(steps[:, None] == at[None, :], indices, 0), 0)
                 chosen = tl.where((top > best) | (first == 0), index, chosen)
                 best = tl.maximum(best, top)
-        if ENTROPY:
-            tl.store(entropy_out + place, tl.where(counts, entropy, 0.0), mask=inside)
+        if GAP:
+            tl.store(gap_out + place, tl.where(counts, gap, 0.0), mask=inside)
         if SMOOTH:
             tl.store(smooth_out + place, smooth, mask=inside)
         if PREDICT:

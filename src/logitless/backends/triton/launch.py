@@ -34,14 +34,14 @@ class Tables:
 
     Attributes:
         sums: [2, T, R] peak of each block, and log2 of its sum of exponentials relative to that.
-        entropy: of each block's own softmax.
+        gap: what the logit lies below the block's peak, in the mean of the block's own softmax.
         smooth: sum of the logits less the block's peak, weighted by the smoothing.
         largest: each block's largest logit.
         largest_index: int32 where it is.
     """
 
     sums: torch.Tensor
-    entropy: torch.Tensor | None = None
+    gap: torch.Tensor | None = None
     smooth: torch.Tensor | None = None
     largest: torch.Tensor | None = None
     largest_index: torch.Tensor | None = None
@@ -114,7 +114,7 @@ class Launcher:
         predict, rows = "prediction" in wanted, table_rows(rows)
         return Tables(
             sums=self.empty(2, blocks, rows),
-            entropy=self.empty(blocks, rows) if "entropy" in wanted else None,
+            gap=self.empty(blocks, rows) if "mean_gap" in wanted else None,
             smooth=self.empty(blocks, rows) if "smooth_logit" in wanted else None,
             largest=self.empty(blocks, rows) if predict else None,
             largest_index=self.empty(blocks, rows, dtype=torch.int32) if predict else None,
@@ -160,7 +160,7 @@ class Launcher:
             self.rows.count,
             tables.peak,
             tables.log_sum,
-            or_other(tables.entropy, absent),
+            or_other(tables.gap, absent),
             or_other(tables.smooth, absent),
             or_other(tables.largest, absent),
             or_other(tables.largest_index, absent),
@@ -184,7 +184,7 @@ class Launcher:
             GROUP=tile.group,
             BLOCK=self.block,
             **self._head,
-            ENTROPY=tables.entropy is not None,
+            GAP=tables.gap is not None,
             SMOOTH=tables.smooth is not None,
             SMOOTH_VECTOR=self._smoothing is not None,
             PREDICT=tables.largest is not None,
@@ -211,7 +211,7 @@ class Launcher:
         combine_kernel[(ceil_div(rows, COMBINED_ROWS),)](
             tables.peak,
             tables.log_sum,
-            or_other(tables.entropy, absent),
+            or_other(tables.gap, absent),
             or_other(tables.smooth, absent),
             absent if tables.smooth is None else self._smoothing_of_blocks(),
             or_other(tables.largest, absent),
@@ -222,7 +222,7 @@ class Launcher:
             statistics.peak,
             statistics.log_sum,
             statistics.target_logit,
-            or_other(statistics.entropy, absent),
+            or_other(statistics.mean_gap, absent),
             or_other(statistics.smooth_logit, absent),
             or_other(statistics.prediction, absent),
             tables.log_sum.stride(0),
@@ -231,7 +231,7 @@ class Launcher:
             rows,
             ROWS=COMBINED_ROWS,
             BLOCKS=COMBINED_BLOCKS,
-            ENTROPY=tables.entropy is not None,
+            GAP=tables.gap is not None,
             SMOOTH=tables.smooth is not None,
             PREDICT=tables.largest is not None,
             num_warps=4,

@@ -120,7 +120,7 @@ def _table(shape: Shape, rows: int) -> int:
 
 def _tables(shape: Shape, rows: int) -> int:
     wanted = shape.statistics
-    others = ("entropy" in wanted) + ("smooth_logit" in wanted) + 2 * ("prediction" in wanted)
+    others = ("mean_gap" in wanted) + ("smooth_logit" in wanted) + 2 * ("prediction" in wanted)
     smoothing_of_blocks = 4 * (shape.vocabulary + 2 * blocks(shape)) if "smooth_logit" in wanted else 0
     return (2 + others) * _table(shape, rows) // 2 + smoothing_of_blocks
 

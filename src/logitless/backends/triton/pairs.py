@@ -2,14 +2,14 @@
 
 For a pair of row i and block b, kept with probability pi (``selection.py``), and v in the block:
 
-    dz_iv = (p_iv (a_i + b_i log p_iv) + d_i s_v cap(z_iv)^2) / pi - c_i [v = target]
+    dz_iv = (p_iv (a_i + b_i (z_iv - z0_i)) + d_i s_v cap(z_iv)^2) / pi - c_i [v = target]
     dW_v  = scale * sum_i dz_iv x_i
     dx_i  = scale * sum_v dz_iv w_v
 
-where 1 / pi is 0 for a block that is listed for its target alone. Under a cap the part with d is what it leaves of
-smoothing besides a term of rank one, ``cap(z)^2`` being ``(z / softcap)^2``, and its derivative, ``1 - cap(z)^2``,
-multiplies the other two. The probability pi follows again from the block's recomputed mass, which is that of the
-forward pass but for the last digits.
+where z0 is the row's peak and 1 / pi is 0 for a block that is listed for its target alone. Under a cap the part with d
+is what it leaves of smoothing besides a term of rank one, ``cap(z)^2`` being ``(z / softcap)^2``, and its derivative,
+``1 - cap(z)^2``, multiplies the other two. The probability pi follows again from the block's recomputed mass, which is
+that of the forward pass but for the last digits.
 
 Pairs are cut into tiles of TILE pairs of one block; ``tile_blocks`` says whose.
 """
@@ -147,8 +147,8 @@ def pair_gradient_kernel(
         columns = column + tl.arange(0, BLOCK)
         exists = valid[:, None] & (columns < vocabulary)[None, :]
         z = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
-        log_p = z - tl.load(peak + row, mask=valid, other=0.0)[:, None]
-        log_p -= tl.load(log_sum + row, mask=valid, other=0.0)[:, None]
+        below = z - tl.load(peak + row, mask=valid, other=0.0)[:, None]
+        log_p = below - tl.load(log_sum + row, mask=valid, other=0.0)[:, None]
         p = tl.where(exists, tl.exp2(log_p * LOG2E), 0.0)
         share = 0.0
         if MIXED:
@@ -162,7 +162,7 @@ def pair_gradient_kernel(
         dz = tl.where(at_target, target_entry(log_p, weighted, one_hot), p * weighted)
         if B:
             slope = factor * tl.load(b + row, mask=valid, other=0.0)
-            dz += tl.where(p == 0, 0.0, p * (slope[:, None] * log_p))
+            dz += tl.where(p == 0, 0.0, p * (slope[:, None] * below))
         if SOFTCAP:
             capped = z * (1 / softcap)
             square = capped * capped

@@ -140,10 +140,10 @@ def overwrite(
 ):
     """The products of a block of columns become the gradient of their logits, without the one-hot."""
     z = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, OVERHANG)
-    log2_p = (z - peak) * LOG2E - log_sum
+    below = z - peak
     dz = softmax_gradient(
-        tl.exp2(log2_p),
-        log2_p,
+        tl.exp2(below * LOG2E - log_sum),
+        below,
         z,
         factor,
         factor,

@@ -1,8 +1,8 @@
 """The gradient of the logits, in the place of what the forward pass left of them.
 
-With p the softmax, k the derivative of the cap and s the smoothing,
+With p the softmax, z0 the rows' peaks, k the derivative of the cap and s the smoothing,
 
-    dz_iv = (p_iv (a_i + b_i log p_iv) - c_i [v = target_i] - d_i s_v) k_iv
+    dz_iv = (p_iv (a_i + b_i (z_iv - z0_i)) - c_i [v = target_i] - d_i s_v) k_iv
 
 but for the scale, which the products that follow apply to their fp32 results. The target's entry is written by a
 kernel of its own, from the row's fp32 statistics: the one-hot is subtracted before any rounding, and no other entry
@@ -25,7 +25,7 @@ from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative, exp
 @triton.jit
 def softmax_gradient(
     p,
-    log2_p,
+    below,
     z,
     a,
     b,
@@ -40,9 +40,12 @@ def softmax_gradient(
     SMOOTH_VECTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """[R, U] gradient of the logits without the one-hot, from probabilities, with B their log2, with SOFTCAP logits."""
+    """[R, U] gradient of the logits without the one-hot.
+
+    It is made of probabilities, where B of the logits less the row's peak, and where SOFTCAP of the logits.
+    """
     if B:  # noqa: SIM108
-        gradient = tl.where(p == 0, 0.0, p * (a[:, None] + b[:, None] * (log2_p * LN2)))
+        gradient = tl.where(p == 0, 0.0, p * (a[:, None] + b[:, None] * below))
     else:
         gradient = p * a[:, None]
     if SMOOTH:
@@ -109,17 +112,16 @@ def stored_gradient_kernel(
     entry = tile.to(tl.int64) * table_stride + row
     tile_peak = tl.load(peaks + entry, mask=counts, other=0.0)
     tile_log_sum = tl.load(log_sums + entry, mask=counts, other=0.0)
-    share_of_tile = log2_share(tile_peak, tile_log_sum, row_peak, row_log_sum)
     place = softmax + row.to(tl.int64)[:, None] * softmax_stride + column[None, :]
     exists = (first_column + column < vocabulary)[None, :]
     share = tl.load(place, mask=counts[:, None] & exists, other=0.0).to(tl.float32)
-    log2_p = share
+    below = share
     z = share
     if B | SOFTCAP:
         log2_in_tile = tl.where(share == 0, -float("inf"), tl.log2(share))
-        log2_p = log2_in_tile + share_of_tile[:, None]
+        below = (log2_in_tile + tile_log_sum[:, None]) * LN2 + (tile_peak - row_peak)[:, None]
     if SOFTCAP:  # what underflowed in the tile is no lower than the cap
-        z = (log2_in_tile + tile_log_sum[:, None]) * LN2 + tile_peak[:, None]
+        z = below + row_peak[:, None]
         z = tl.where(z < -softcap, -softcap, z)
     coefficient_a = tl.load(a + origin, mask=counts, other=0.0)
     coefficient_b = coefficient_a
@@ -129,8 +131,8 @@ def stored_gradient_kernel(
     if SMOOTH:
         coefficient_d = tl.load(d + origin, mask=counts, other=0.0)
     dz = softmax_gradient(
-        share * tl.exp2(share_of_tile)[:, None],
-        log2_p,
+        share * tl.exp2(log2_share(tile_peak, tile_log_sum, row_peak, row_log_sum))[:, None],
+        below,
         z,
         coefficient_a,
         coefficient_b,
@@ -184,12 +186,13 @@ def target_entries_kernel(
     here = inside & (t >= first_column) & (t < end_column)
     origin = tl.load(order + first_row + row, mask=here, other=0)
     z = tl.load(target_logit + origin, mask=here, other=0.0)
-    log_p = (z - tl.load(peak + origin, mask=here, other=0.0)) - tl.load(log_sum + origin, mask=here, other=0.0)
+    below = z - tl.load(peak + origin, mask=here, other=0.0)
+    log_p = below - tl.load(log_sum + origin, mask=here, other=0.0)
     factor = tl.load(a + origin, mask=here, other=0.0)
     entry = target_entry(log_p, factor, tl.load(c + origin, mask=here, other=0.0))
     if B:
         p = tl.exp2(log_p * LOG2E)
-        entry += tl.where(p == 0, 0.0, tl.load(b + origin, mask=here, other=0.0) * (p * log_p))
+        entry += tl.where(p == 0, 0.0, tl.load(b + origin, mask=here, other=0.0) * (p * below))
     if SMOOTH:
         weight = uniform_smoothing
         if SMOOTH_VECTOR:

@@ -71,10 +71,10 @@ def window_gradient_kernel(
         if SMOOTH:
             coefficient_d = tl.load(d + origin, mask=valid, other=0.0)
         z = logits(products, bias, column, end_column, scale, softcap, BIAS, SOFTCAP)
-        log2_p = (z - row_peak[:, None]) * LOG2E - row_log_sum[:, None]
+        below = z - row_peak[:, None]
         dz = softmax_gradient(
-            tl.exp2(log2_p),
-            log2_p,
+            tl.exp2(below * LOG2E - row_log_sum[:, None]),
+            below,
             z,
             coefficient_a,
             coefficient_b,
