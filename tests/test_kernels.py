@@ -41,7 +41,7 @@ from logitless.backends import triton as backend
 from logitless.backends.contract import AffineCoefficients, Coefficients, Gradients, Problem, Schedule, Statistics
 from logitless.backends.triton import rowwise
 from logitless.backends.triton.dense import new_statistics, padded
-from logitless.backends.triton.launch import COMBINED_BLOCKS, Launcher, Tables
+from logitless.backends.triton.launch import COMBINED_BLOCKS, Launcher, Tables, product_precision
 from logitless.backends.triton.primitives import nearest_tf32, tanh
 from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows, scatter_rows
 from logitless.backends.triton.rowwise import gradient_in_place, scale_rows
@@ -358,6 +358,19 @@ def test_prediction_and_rank_of_equal_logits(head):
     assert {130, 7} <= set(statistics.prediction[counts].tolist())
 
 
+@pytest.mark.parametrize("spoilt", [(), (5,), (300, 5), (514, 511), (128, 300)], ids=str)
+@pytest.mark.parametrize("infinite", [(), (3, 400)], ids=str)
+def test_prediction_of_what_is_not_finite(spoilt, infinite):
+    """The first NaN, else the first infinity, as of ``torch.argmax``; never an index beyond the vocabulary."""
+    problem = Head("bias", bias=True).problem(20, 8, 515)
+    assert problem.bias is not None
+    bias = problem.bias.clone()
+    bias[list(infinite)], bias[list(spoilt)] = torch.inf, NAN
+    problem = replace(problem, bias=bias)
+    expected = logits(problem, torch.float32).argmax(1)
+    assert torch.equal(scanned(problem)[2].prediction, expected)
+
+
 @pytest.mark.parametrize("head", [HEADS[0], HEADS[5], HEADS[6], HEADS[7], HEADS[8], HEADS[9], *HEADS[-6:-5]], ids=str)
 def test_table(head):
     """For each row that counts and tile its largest logit, 0 for a masked tile, and log2 of the sum relative to it."""
@@ -414,9 +427,10 @@ def test_kept_softmax_of_several_windows():
 def test_order_of_rows_does_not_matter():
     """Statistics of a row are the same bits wherever it stands and whatever stands beside it.
 
-    But for sums of products on a GPU, where multiplying and adding are one instruction here and two there.
+    But for sums of products on a GPU, where multiplying and adding are one instruction here and two there. Operands are
+    of few digits, so that products are exact: the interpreter's are NumPy's, whose roundings differ by a row's place.
     """
-    problem = HEADS[4].problem(50, 24, 515)
+    problem = replace(HEADS[4], coarse=True).problem(50, 24, 515)
     turn = torch.randperm(50, generator=generator(8)).to(DEVICE)
     assert problem.counted is not None
     turned = replace(problem, hidden=problem.hidden[turn], target=problem.target[turn], counted=problem.counted[turn])
@@ -913,11 +927,69 @@ def precision_of_fp32_products(precision: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("precision", ["tf32", "ieee", "none"])
-def test_precision_set_by_either_interface(precision):
-    """PyTorch refuses to say ``allow_tf32`` after ``fp32_precision`` was set."""
-    with precision_of_fp32_products(precision):
-        Launcher(HEADS[0].problem(17, 24, 300))
+@pytest.fixture
+def untouched_precision() -> Iterator[None]:
+    """Puts back what a test does to the setting by any interface."""
+    matmul, everything = torch.backends.cuda.matmul, torch.backends
+    before = matmul.fp32_precision, everything.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    everything.fp32_precision, matmul.fp32_precision = before[1], before[0]
+
+
+INTERFACES = {
+    "default": ("ieee", lambda: None),
+    "high": ("tf32", lambda: torch.set_float32_matmul_precision("high")),
+    "medium": ("tf32", lambda: torch.set_float32_matmul_precision("medium")),
+    "highest": ("ieee", lambda: torch.set_float32_matmul_precision("highest")),
+    "allow_tf32": ("tf32", lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True)),
+    "of products": ("tf32", lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")),
+    "of products, ieee": ("ieee", lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")),
+    "of everything": ("tf32", lambda: setattr(torch.backends, "fp32_precision", "tf32")),
+}
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_precision_set_by_either_interface(interface, untouched_precision):
+    """It is that of products of fp32; PyTorch refuses to say ``allow_tf32`` after ``fp32_precision`` was set."""
+    expected, set_precision = INTERFACES[interface]
+    set_precision()
+    assert product_precision(torch.float32) == expected
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        assert product_precision(dtype) == "ieee"
+
+
+CALLS = {
+    "mean": {},
+    "none": {"reduction": "none"},
+    "sampled": {"gradient": logitless.Sampled(1 / 2)},
+    "fp8": {"gradient": logitless.Sampled(1 / 2, scan="fp8")},
+}
+
+
+@pytest.mark.parametrize("call", [*CALLS, "statistics"])
+@pytest.mark.parametrize("interface", ["high", "medium", "allow_tf32", "of products", "of everything"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operands_of_16_bits_are_multiplied_as_ever(dtype, interface, call, untouched_precision):
+    """What says how fp32 is multiplied says nothing about other operands; calls in fp32 run too."""
+    problem = Head("plain", dtype).problem(17, 24, 300)
+    leaves = [problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()]
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(0)
+        if call == "statistics":
+            found = logitless.token_statistics(*leaves, problem.target, outputs=("nll", "entropy"), backend="triton")
+            outputs = [found.nll, found.entropy]
+        else:
+            outputs = [logitless.linear_cross_entropy(*leaves, problem.target, backend="triton", **CALLS[call])]
+        return [*outputs, *torch.autograd.grad(sum(output.sum() for output in outputs), leaves)]
+
+    before = results()
+    INTERFACES[interface][1]()
+    for value, expected in zip(results(), before, strict=True):
+        assert value.isfinite().all()
+        if dtype != torch.float32:
+            assert torch.equal(value, expected)
 
 
 @triton.jit

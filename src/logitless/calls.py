@@ -48,7 +48,9 @@ class Tokens:
             validation.check_targets_in_range(flat, vocabulary, ignore_index)
             rows = None if keep.all() else keep.nonzero()[:, 0]
             kept = flat if rows is None else flat[rows]
-            return cls(kept, rows, torch.ones(kept.shape[0]), None, flat.shape[0])
+            return cls(
+                kept, rows, torch.ones(kept.shape[0], dtype=torch.float32, device=flat.device), None, flat.shape[0]
+            )
         inside = (flat >= 0) & (flat < vocabulary)
         counted = keep.float().masked_fill(keep & ~inside, torch.nan)
         return cls(torch.where(keep & inside, flat, 0), None, counted, keep, flat.shape[0])

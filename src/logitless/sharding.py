@@ -203,7 +203,8 @@ def _merged(table: torch.Tensor, part: Statistics) -> Statistics:
     columns = iter(table.unbind(1))
     peaks, log_sums = next(columns), next(columns)
     peaks = torch.where(log_sums == -torch.inf, -torch.inf, peaks)  # of a shard whose logits are all -inf
-    peak, rank = peaks.max(0)
+    rank = torch.where(log_sums.isnan(), torch.nan, peaks).argmax(0)  # a row with NaN predicts the first of them
+    peak = peaks.amax(0)
     peak = torch.where(peak == -torch.inf, 0.0, peak)
     below = peaks - peak
     log_sum = (below + log_sums).exp().sum(0).log()

@@ -78,6 +78,8 @@ def widen(
         raise ValueError(f"width must be at least the head's own, {narrow}, got {width}")
     if width == narrow:
         return hidden, weight
-    generator = torch.Generator().manual_seed(0)
-    rotation = torch.linalg.qr(torch.randn(width, narrow, generator=generator)).Q.T.to(hidden.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    rotation = torch.linalg.qr(
+        torch.randn(width, narrow, generator=generator, dtype=torch.float32, device="cpu")
+    ).Q.T.to(hidden.device)
     return hidden @ rotation, weight @ rotation

@@ -200,7 +200,7 @@ class _Accumulators:
             self.weight = problem.main_grad
         if shape.weight_gradient and self.weight is None:
             self.weight = launcher.empty(*shape.weight_gradient_size, dtype=shape.weight_dtype)
-        self.bias = torch.zeros(shape.vocabulary, device=launcher.device) if shape.bias_gradient else None
+        self.bias = launcher.empty(shape.vocabulary).zero_() if shape.bias_gradient else None
 
     def add(self, hidden: torch.Tensor, gradient: torch.Tensor, columns: slice) -> None:
         """Products of a window's gradient [N, U]."""

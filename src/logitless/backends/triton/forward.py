@@ -26,6 +26,8 @@ from logitless.backends.triton.primitives import (
     tile_position,
 )
 
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+
 
 @triton.jit
 def target_logits(z, first, target):
@@ -60,8 +62,12 @@ def smooth_logit(z, peak, smoothing, uniform, first, vocabulary, BLOCK: tl.const
 
 @triton.jit
 def largest_logit(z, first, vocabulary, BLOCK: tl.constexpr):
-    """Largest logit of each block [R * U / BLOCK], and [R, U / BLOCK] its place in the block."""
-    blocks = in_blocks(mask_columns(z, first, vocabulary, -float("inf")), BLOCK)
+    """Largest logit of each block [R * U / BLOCK], and [R, U / BLOCK] its place in the block.
+
+    NaN is larger than infinity, as for ``torch.argmax``: it is taken for that, and infinity for the largest number.
+    """
+    ordered = tl.where(z == z, tl.minimum(z, LARGEST), float("inf"))
+    blocks = in_blocks(mask_columns(ordered, first, vocabulary, -float("inf")), BLOCK)
     peak, index = tl.max(blocks, 1, return_indices=True)
     return peak, tl.reshape(index, (z.shape[0], z.shape[1] // BLOCK))
 

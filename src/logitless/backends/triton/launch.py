@@ -89,7 +89,7 @@ class Launcher:
         self._smoothing = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
         self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
         self._head: dict[str, Any] = {"BIAS": problem.bias is not None, "SOFTCAP": problem.head.softcap is not None}
-        self._precision = fp32_precision()
+        self._precision = product_precision(self.dtype)
         self.block = table_block(self.shape, self._index)
 
     def tile(self, kind: tiles.Kind) -> tiles.Tile:
@@ -191,7 +191,7 @@ class Launcher:
             RANK=rank is not None,
             STORE=softmax is not None,
             SCALED=rounded is not None,
-            PRECISION=self._precision,
+            PRECISION=self._precision if rounded is None else product_precision(rounded[0].values.dtype),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -241,7 +241,7 @@ class Launcher:
         """[T] sum of the smoothing over each block of the tables."""
         vector, vocabulary = self._smoothing, self.shape.vocabulary
         if vector is None:
-            sums = torch.full((ceil_div(vocabulary, self.block),), self._uniform * self.block, device=self.device)
+            sums = self.empty(ceil_div(vocabulary, self.block)).fill_(self._uniform * self.block)
             sums[-1] -= self._uniform * (sums.shape[0] * self.block - vocabulary)
             return sums
         return pad(vector.float(), (0, -vocabulary % self.block)).view(-1, self.block).sum(1)
@@ -411,8 +411,13 @@ CLEARED_ROWS = 32
 TARGET_ROWS = 128
 
 
-def fp32_precision() -> str:
-    """How products take fp32 operands, as the library's do; asked so that either of PyTorch's settings is heard."""
+def product_precision(dtype: torch.dtype) -> str:
+    """How products take operands of that dtype: fp32 ones as the library's do, narrower ones as they are.
+
+    Asked so that either of PyTorch's two interfaces to the setting is heard.
+    """
+    if dtype != torch.float32:
+        return "ieee"
     precision = torch.backends.cuda.matmul.fp32_precision
     if precision == "none":
         precision = torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]

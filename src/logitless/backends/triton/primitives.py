@@ -36,7 +36,7 @@ def nearest_tf32(x):
 
 @triton.jit
 def multiply_add(x, w, products, PRECISION: tl.constexpr):
-    """``products + x w^T``, operands rounded to tf32 where PRECISION says so."""
+    """``products + x w^T``, fp32 operands rounded to tf32 where PRECISION says so."""
     if PRECISION == "tf32":
         x = nearest_tf32(x)
         w = nearest_tf32(w)

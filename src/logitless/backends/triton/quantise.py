@@ -171,7 +171,7 @@ def loud_channels(
     """[C] int64 ascending indices of the channels whose mean square over the rows that count is largest."""
     rows, columns = hidden.shape
     segment = max(1, ceil_div(rows, SUMMED_SEGMENTS))
-    sums = torch.empty(ceil_div(rows, segment), columns, device=hidden.device)
+    sums = torch.empty(ceil_div(rows, segment), columns, dtype=torch.float32, device=hidden.device)
     column_squares_kernel[(ceil_div(columns, SUMMED_COLUMNS), sums.shape[0])](
         hidden,
         hidden if counted is None else counted,

@@ -18,7 +18,7 @@ from logitless.backends.contract import Coefficients, Gradients, Problem, Schedu
 from logitless.backends.triton import tiles
 from logitless.backends.triton.correction import correct_kernel, kept_gradient_kernel, pair_sums_kernel, row_dots_kernel
 from logitless.backends.triton.dense import Scratch, new_statistics, scan_rows, slices, write_ranks
-from logitless.backends.triton.launch import Launcher, described, fp32_precision, or_other, readable
+from logitless.backends.triton.launch import Launcher, described, or_other, product_precision, readable
 from logitless.backends.triton.pairs import (
     list_tiles_kernel,
     pair_gradient_kernel,
@@ -113,7 +113,7 @@ class _Grouped:
         )
         self._processors = tiles.processors(index)
         self._blocks = block_count(self._shape.vocabulary)
-        self._precision = fp32_precision()
+        self._precision = product_precision(dtype)
         count = most_tiles(self._shape, self._pairs.shape[0], self._tile.rows)
         self._tile_starts = torch.empty_like(self._starts)
         self._tile_blocks = self._empty(count, dtype=torch.int32)
@@ -185,7 +185,7 @@ class _Grouped:
         """[N] sums of the logits less the peak, weighted by the smoothing: one vector product."""
         problem, smoothing = self._problem, self._problem.smoothing
         assert smoothing is not None
-        offset = torch.zeros(1, device=self._device)
+        offset = torch.zeros(1, dtype=torch.float32, device=self._device)
         if problem.bias is not None:
             offset = (problem.bias.float() * smoothing).sum()
         counted = problem.counted
@@ -346,7 +346,7 @@ class _Grouped:
     ) -> torch.Tensor:
         """[N, D] fp32 gradient of the hidden states."""
         shape, scale, tile = self._shape, self._problem.head.logit_scale, self._hidden_tile
-        result = torch.zeros(shape.tokens, shape.hidden, device=self._device)
+        result = torch.zeros(shape.tokens, shape.hidden, dtype=torch.float32, device=self._device)
         in_order = torch.are_deterministic_algorithms_enabled()
         width = OWNED if in_order else tile.columns
         operands = (
