@@ -171,7 +171,7 @@ def widen(problem: Problem, hidden: int) -> Problem:
 
 def coarse(*shape: int, low: float, high: float, seed: int) -> Tensor:
     """Random multiples of 1/16, which every dtype holds exactly."""
-    steps = torch.randint(round(low * 16), round(high * 16) + 1, shape, generator=generator(seed))
+    steps = torch.randint(round(low * 16), round(high * 16) + 1, shape, generator=generator(seed), device="cpu")
     return steps.double() / 16
 
 
