@@ -207,6 +207,8 @@ class Case:
     def problem(self) -> Problem:
         tokens = torch.Size(self.leading).numel()
         problem = make_problem(self.data, tokens, 24, self.vocabulary)
+        if self.data == "offset" and self.softcap is not None:  # far beyond the cap all that is left is rounding
+            problem.input.detach()[:, -1] = self.softcap
         options: dict[str, object] = {
             "reduction": self.reduction,
             "label_smoothing": self.label_smoothing,

@@ -27,7 +27,7 @@ from logitless.backends.contract import (
     lodging_spacing,
 )
 from logitless.backends.torch.running import RunningStatistics
-from logitless.backends.torch.tiles import Projection, RowValues, TargetIndex, fuses_softmax, slices
+from logitless.backends.torch.tiles import Projection, RowValues, TargetIndex, slices, window_share
 
 # Rows, or vocabulary columns, of a partial product that is rounded to a narrow dtype before it is added up in fp32.
 PARTIAL = 4096
@@ -38,11 +38,12 @@ ADDED_ROWS = 512
 def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     """The buffer of the weight gradient, kept products one window after the other, and the windows' peaks and log-sums.
 
-    Those sums save the backward pass a pass over recomputed logits where the softmax is fused.
+    With those the backward pass takes each window's share of a row from the forward pass. Recomputed products differ by
+    an ulp of the logits where tiles do, which a share made of them would have as its error.
     """
     windows = math.ceil(shape.vocabulary / schedule.window)
     kept = max(0, shape.vocabulary - (windows - schedule.kept_windows) * schedule.window)
-    sums = fuses_softmax(shape) and schedule.rows >= shape.tokens and schedule.window == schedule.backward_window
+    sums = shape.any_gradient and schedule.window == schedule.backward_window
     return [
         ((shape.vocabulary, shape.hidden) if schedule.lodged_windows else (0, shape.hidden), shape.weight_dtype),
         ((shape.tokens * kept,), shape.product_dtype),
@@ -99,7 +100,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
             running.add(raw, columns, projection, leave_softmax=place is not None and projection.leaves_softmax)
             sums = left.window_sums(number)
             if sums is not None:
-                sums.copy_(running.window)
+                sums[:, rows] = running.window
         parts.append(running.finish())
     return concatenate(parts, problem).leaving(tensors)
 
@@ -152,9 +153,10 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
                 raw = projection.multiply(hidden, columns, buffer)
             else:  # what the forward pass left must stay as it is
                 raw = buffer[: size[0] * size[1]].view(size).copy_(place[: size[0] * size[1]].view(size))
+        sums = left.window_sums(number)
         here = replace(
             rows,
-            window=left.window_sums(number),
+            share=None if sums is None else window_share(sums[0], sums[1], rows),
             holds_softmax=place is not None and projection.leaves_softmax,
         )
         projection.softmax_gradient_(raw, columns, here, gradients.bias)
@@ -244,9 +246,10 @@ class _Chunks:
             target_logit=part.target_logit,
             coefficients=self._ahead.rows(rows).at(whole),
             valid=None if problem.counted is None else problem.counted[rows],
-            window=torch.stack((part.peak, part.log_sum)) if projection.leaves_softmax else None,
             holds_softmax=projection.leaves_softmax,
         )
+        if projection.leaves_softmax:
+            values = replace(values, share=window_share(part.peak, part.log_sum, values))
         values = replace(values, entries=projection.target_entries(values))
         entries = projection.product_entries(values)
         projection.softmax_gradient_(raw, self._everything, values, gradients.bias)

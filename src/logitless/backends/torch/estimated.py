@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from logitless.backends.contract import Problem, Statistics
 from logitless.backends.torch.pairs import GROUP_ROWS, Pairs
-from logitless.backends.torch.running import RunningStatistics
 from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights
 from logitless.backends.torch.tiles import Projection, slices
 from logitless.options import BLOCK
@@ -49,44 +48,21 @@ class ScanProjection(Projection):
             result[rows] = operand(matrix[rows], self._channels, self._mean)
 
 
-@dataclass(frozen=True)
-class Scanned:
-    """What the scan knows of the pairs' blocks.
+def corrected(
+    problem: Problem,
+    statistics: Statistics,
+    pairs: Pairs,
+    scanned_smooth: torch.Tensor | None,  # [P]
+) -> tuple[Statistics, Pairs]:
+    """Statistics and pairs of the scan, corrected by the logits in full of the blocks that are kept.
 
-    Attributes:
-        share: [P] their sums of exponentials, as shares of the row's.
-        smooth: [P] their logits' sums weighted by the smoothing, where that is estimated, else None.
+    ``scanned_smooth`` are the blocks' logits of the scan, weighted by the smoothing, where their sum is estimated.
     """
-
-    share: torch.Tensor
-    smooth: torch.Tensor | None
-
-    @classmethod
-    def of(cls, running: RunningStatistics, row: torch.Tensor, block: torch.Tensor) -> Scanned:
-        """Those pairs of a chunk of rows."""
-        assert running.blocks is not None
-        smooth = running.smooth_blocks
-        return cls(running.blocks[row, block], None if smooth is None else smooth[row, block])
-
-    @classmethod
-    def joined(cls, parts: list[Scanned], order: torch.Tensor | None) -> Scanned:
-        """Those of consecutive chunks, in the given order of all."""
-
-        def together(values: list[torch.Tensor]) -> torch.Tensor:
-            joined = torch.cat(values)
-            return joined if order is None else joined[order]
-
-        smooth = [part.smooth for part in parts if part.smooth is not None]
-        return cls(together([part.share for part in parts]), together(smooth) if smooth else None)
-
-
-def corrected(problem: Problem, statistics: Statistics, pairs: Pairs, scanned: Scanned) -> Statistics:
-    """Statistics of the scan, log-sum-exp and smoothed logits corrected; the targets' logits are those of the pairs."""
     shape = problem.shape
     projection = Projection(problem, GROUP_ROWS, BLOCK)
     rows = pairs.rows.long()
     target = problem.target[rows]
-    share, smooth = torch.empty_like(scanned.share), None if scanned.smooth is None else torch.empty_like(scanned.share)
+    share, smooth = torch.empty_like(pairs.shares), None if scanned_smooth is None else torch.empty_like(pairs.shares)
     target_logit = torch.empty_like(statistics.target_logit)
     starts: list[int] = pairs.starts.tolist()
     for block, columns in enumerate(slices(shape.vocabulary, BLOCK)):
@@ -103,14 +79,17 @@ def corrected(problem: Problem, statistics: Statistics, pairs: Pairs, scanned: S
                 smooth[here] = z @ smoothing_weights(problem, columns)
             hits = (target[here] // BLOCK == block).nonzero()[:, 0]
             target_logit[rows[here][hits]] = z[hits, target[here][hits] - columns.start]
-    total = torch.ones_like(target_logit).index_add_(0, rows, pairs.weights * (share - scanned.share))
+    total = torch.ones_like(target_logit).index_add_(0, rows, pairs.weights * (share - pairs.shares))
     least = torch.zeros_like(total).index_add_(0, rows, share)
-    return replace(
+    total = torch.maximum(total, least)
+    change = None if smooth is None or scanned_smooth is None else pairs.weights * (smooth - scanned_smooth)
+    whole = replace(
         statistics,
-        log_sum=statistics.log_sum + torch.maximum(total, least).log_(),
+        log_sum=statistics.log_sum + total.log(),
         target_logit=target_logit,
-        smooth_logit=_smooth_logit(problem, projection, statistics, pairs, scanned, smooth),
+        smooth_logit=_smooth_logit(problem, projection, statistics, pairs, change),
     )
+    return whole, replace(pairs, shares=share / total[rows])
 
 
 def _smooth_logit(
@@ -118,10 +97,9 @@ def _smooth_logit(
     projection: Projection,
     statistics: Statistics,
     pairs: Pairs,
-    scanned: Scanned,
-    smooth: torch.Tensor | None,  # [P]
+    change: torch.Tensor | None,  # [P]
 ) -> torch.Tensor | None:
-    """[N] smoothed logits, as ``Statistics`` has them: without a cap one vector product, else estimated."""
+    """[N] smoothed logits, as ``Statistics`` has them: without a cap one vector product, else estimated by pairs."""
     if problem.smoothing is None:
         return None
     if problem.head.softcap is None:
@@ -134,6 +112,5 @@ def _smooth_logit(
             total += problem.bias.to(total.dtype) @ smoothing
         return total - statistics.peak * smoothing.sum()
     assert statistics.smooth_logit is not None
-    assert smooth is not None
-    assert scanned.smooth is not None
-    return statistics.smooth_logit.index_add(0, pairs.rows.long(), pairs.weights * (smooth - scanned.smooth))
+    assert change is not None
+    return statistics.smooth_logit.index_add(0, pairs.rows.long(), change)

@@ -40,8 +40,8 @@ class RunningStatistics:
         self._rank = integers() if "target_rank" in wanted else None
         self._vocabulary = shape.vocabulary
         self._index: TargetIndex | None = None
-        self.window = torch.stack((floats(-torch.inf), floats(0)))
-        """[2, R] peak and log-sum of the last window, where the projection's softmax is fused."""
+        self.window = torch.stack((floats(0), floats(-torch.inf)))
+        """[2, R] a reference near the last window's logits, and its log-sum relative to that."""
         self._origin = floats(0)  # a logit of the row, that the blocks' log-sum-exps are relative to
         self.blocks: torch.Tensor | None = None
         """[R, B] log-sum-exp of each vocabulary block less a number of the row's, where the gradient is sampled."""
@@ -107,6 +107,7 @@ class RunningStatistics:
                 self._weighted[rows] = decay * (self._weighted[rows] + shift * self._sum[rows]) + weighted
                 total = z.sum(1)
             unit = torch.zeros_like(reference)
+            self.window[0, rows], self.window[1, rows] = reference, total.log()
         if self.blocks is not None:
             unit = unit + (reference - self._origin[rows])
             self._store_blocks(self.blocks, block_sums(z).log_().add_(unit[:, None]), rows, columns)

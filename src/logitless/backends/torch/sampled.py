@@ -31,7 +31,7 @@ from logitless.backends.torch.dense import (
     new_gradients,
     new_weight_gradient,
 )
-from logitless.backends.torch.estimated import Scanned, ScanProjection, corrected
+from logitless.backends.torch.estimated import ScanProjection, corrected
 from logitless.backends.torch.pairs import GROUP_ROWS, Pairs
 from logitless.backends.torch.running import RunningStatistics
 from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights, weighted_hidden
@@ -45,11 +45,11 @@ ROW_MULTIPLE = 32
 
 
 def residuals(shape: Shape) -> list[TensorForm]:
-    """Rows and weights of the pairs, with room for as many as there can be, and where each block's start."""
+    """Rows, weights and shares of the pairs, with room for as many as there can be, and where each block's start."""
     assert shape.threshold is not None
     bound = kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold)
     starts = ((block_count(shape.vocabulary) + 1,), torch.int64)
-    return [((bound,), torch.int32), ((bound,), shape.statistics_dtype), starts]
+    return [((bound,), torch.int32), *[((bound,), shape.statistics_dtype)] * 2, starts]
 
 
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
@@ -58,18 +58,20 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     kind = ScanProjection if shape.estimated else Projection
     projection = kind(problem, schedule.rows, schedule.window)
     buffer = projection.buffer(schedule.rows * schedule.window)
-    parts, scans, scanned_of = [], [], []
+    parts, scans, smooth_of = [], [], []
     rows_of, blocks_of = ([torch.empty(0, dtype=torch.int32, device=buffer.device)] for _ in range(2))
-    weights_of = [torch.empty(0, dtype=shape.statistics_dtype, device=buffer.device)]
+    weights_of, shares_of = ([torch.empty(0, dtype=shape.statistics_dtype, device=buffer.device)] for _ in range(2))
 
     def select(rows: slice, running: RunningStatistics, share: torch.Tensor | None) -> None:
-        listed, weights = _select(problem, rows, running, share)
+        masses = _masses(running, share)
+        listed, weights = _select(problem, rows, masses)
         block, row = listed.T.nonzero(as_tuple=True)
         blocks_of.append(block.int())
         rows_of.append(row.int() + rows.start)
         weights_of.append(weights[row, block])
-        if shape.estimated:
-            scanned_of.append(Scanned.of(running, row, block))
+        shares_of.append(masses[row, block])
+        if running.smooth_blocks is not None:
+            smooth_of.append(running.smooth_blocks[row, block])
 
     for rows in slices(shape.tokens, schedule.rows):
         running, hidden = RunningStatistics(problem, rows), projection.hidden(rows)
@@ -89,33 +91,37 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
             select(rows, running, share[rows])
     del scans
     del projection, buffer
-    pairs, order = _group(rows_of, blocks_of, weights_of, block_count(shape.vocabulary))
-    if scanned_of:
-        statistics = corrected(problem, statistics, pairs, Scanned.joined(scanned_of, order))
+    pairs, order = _group(rows_of, blocks_of, weights_of, shares_of, block_count(shape.vocabulary))
+    if shape.estimated:
+        smooth = torch.cat(smooth_of) if smooth_of else None
+        if smooth is not None and order is not None:
+            smooth = smooth[order]
+        statistics, pairs = corrected(problem, statistics, pairs, smooth)
     tensors = [torch.empty(size, dtype=dtype, device=problem.hidden.device) for size, dtype in residuals(shape)]
-    for tensor, values in zip(tensors, (pairs.rows, pairs.weights, pairs.starts), strict=True):
+    for tensor, values in zip(tensors, (pairs.rows, pairs.weights, pairs.shares, pairs.starts), strict=True):
         tensor[: values.shape[0]] = values
     return statistics.leaving(tuple(tensors))
 
 
-def _select(
-    problem: Problem,
-    rows: slice,
+def _masses(
     running: RunningStatistics,
     share: torch.Tensor | None,  # [R]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R, B] which blocks are listed, and [R, B] their weights.
+) -> torch.Tensor:
+    """[R, B] the blocks' shares of the row's sum, of which this shard has ``share``, or all of it.
 
-    The blocks' masses are their shares of the row's sum, or of the ``share`` of it that this shard has. They are
-    normalised by their own sum, so that they add up to no more than that however coarse logits of that size are.
+    They are normalised by their own sum, so that they add up to no more than that however coarse logits of that size
+    are. They take the place of the log-sum-exps.
     """
-    shape, offsets = problem.shape, problem.offsets
     assert running.blocks is not None
+    masses = torch.softmax(running.blocks, 1, out=running.blocks)
+    return masses if share is None else masses.mul_(share[:, None])
+
+
+def _select(problem: Problem, rows: slice, masses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, B] which blocks are listed by their masses [R, B], and [R, B] their weights."""
+    shape, offsets = problem.shape, problem.offsets
     assert shape.threshold is not None
     assert offsets is not None
-    masses = torch.softmax(running.blocks, 1, out=running.blocks)
-    if share is not None:
-        masses.mul_(share[:, None])
     if problem.smoothing is not None and shape.softcapped:
         masses = mix_in_smoothing(masses, problem.smoothing, shape.vocabulary)
     weights = inclusion_weights(masses, shape.threshold, offsets[rows]).to(shape.statistics_dtype)
@@ -125,24 +131,28 @@ def _select(
 
 
 def _group(
-    rows: list[torch.Tensor], blocks: list[torch.Tensor], weights: list[torch.Tensor], count: int
+    rows: list[torch.Tensor],
+    blocks: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    shares: list[torch.Tensor],
+    count: int,
 ) -> tuple[Pairs, torch.Tensor | None]:
     """Pairs of consecutive row chunks, each in order of block, put together in order of block; and that order."""
-    row, block, weight = torch.cat(rows), torch.cat(blocks), torch.cat(weights)
+    row, block, weight, share = torch.cat(rows), torch.cat(blocks), torch.cat(weights), torch.cat(shares)
     order = None
     if len(rows) > 2:  # the first is empty
         block, order = block.sort(stable=True)
-        row, weight = row[order], weight[order]
+        row, weight, share = row[order], weight[order], share[order]
     ends = torch.bincount(block, minlength=count).cumsum(0)
-    return Pairs(rows=row, weights=weight, starts=torch.cat((ends.new_zeros(1), ends))), order
+    return Pairs(rows=row, weights=weight, shares=share, starts=torch.cat((ends.new_zeros(1), ends))), order
 
 
 def backward(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> Gradients:
     """Gradients from the kept pairs; the rank-one part of label smoothing is exact and comes last."""
     shape = problem.shape
-    rows, weights, block_starts = statistics.residuals
+    rows, weights, shares, block_starts = statistics.residuals
     count = int(block_starts[-1])
-    pairs = Pairs(rows[:count], weights[:count], block_starts)
+    pairs = Pairs(rows[:count], weights[:count], shares[:count], block_starts)
     projection = Projection(problem, GROUP_ROWS, BLOCK)
     gradients = new_gradients(projection)
     gradients.weight = new_weight_gradient(problem) if problem.main_grad is None else problem.main_grad
@@ -262,7 +272,7 @@ def _pair_values(problem: Problem, statistics: Statistics, coefficients: Coeffic
     d = c.d * pairs.weights if c.d is not None and problem.shape.softcapped else None
     b = None if c.b is None else c.b * pairs.weights
     weighted = Coefficients(a=c.a * pairs.weights, b=b, c=c.c, d=d)
-    return replace(values, coefficients=weighted, smoothing_outside=True)
+    return replace(values, coefficients=weighted, share=pairs.shares, smoothing_outside=True)
 
 
 class SmoothingRankOne:

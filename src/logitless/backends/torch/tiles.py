@@ -85,7 +85,7 @@ class RowValues:
         valid: rows that count, or None for all.
         entries: ``Projection.target_entries`` of the row, once these are known.
         smoothing_outside: whether the rank-one part of the smoothing term is left to the caller.
-        window: [2, R] peak and log-sum of the window at hand, where the forward pass left them.
+        share: of the row's sum of exponentials that lies in the window at hand, where the forward pass knew it.
         holds_softmax: whether the tile holds the softmax of the window instead of raw products.
     """
 
@@ -97,7 +97,7 @@ class RowValues:
     valid: torch.Tensor | None = None
     entries: torch.Tensor | None = None
     smoothing_outside: bool = False
-    window: torch.Tensor | None = None
+    share: torch.Tensor | None = None
     holds_softmax: bool = False
 
     @classmethod
@@ -123,8 +123,13 @@ class RowValues:
             coefficients=self.coefficients.rows(rows),
             valid=None if self.valid is None else self.valid[rows],
             entries=None if self.entries is None else self.entries[rows],
-            window=None if self.window is None else self.window[:, rows],
+            share=None if self.share is None else self.share[rows],
         )
+
+
+def window_share(peak: torch.Tensor, log_sum: torch.Tensor, rows: RowValues) -> torch.Tensor:
+    """[R] share of the rows' sums of exponentials of a window with that peak and log-sum [R]."""
+    return ((peak - rows.peak) + (log_sum - rows.log_sum)).exp_()
 
 
 class TargetIndex:
@@ -249,24 +254,29 @@ class Projection:
         if head.softcap is not None:
             chain = torch.div(z, head.softcap, out=self.scratch.take("chain", *shape)).square_().neg_().add_(1)
         if c.b is None and self.fused_softmax:
-            if rows.window is None:
+            share = rows.share
+            if share is None:
                 peak = z.amax(1)
-                log_sum = self.softmax_(z)
-            else:
-                peak, log_sum = rows.window
-                if not rows.holds_softmax:
-                    torch.softmax(z, 1, out=z)
-            z.mul_((((peak - rows.peak) + (log_sum - rows.log_sum)).exp_() * c.a)[:, None])
+                share = window_share(peak, self.softmax_(z), rows)
+            elif not rows.holds_softmax:
+                torch.softmax(z, 1, out=z)
+            z.mul_((share * c.a)[:, None])
         else:
-            share = rows.log_sum.neg().exp_()
             z.sub_(rows.peak[:, None])
-            if c.b is None:
-                z.exp_().mul_((share * c.a)[:, None])
-            else:
+            factor = None
+            if c.b is not None:
                 z.clamp_min_(LOWEST_LOGIT)
-                factor = torch.mul(z, (share * c.b)[:, None], out=self.scratch.take("factor", *shape))
-                factor.add_((share * c.a)[:, None])
-                z.exp_().mul_(factor)
+                factor = torch.mul(z, c.b[:, None], out=self.scratch.take("factor", *shape)).add_(c.a[:, None])
+            z.exp_()
+            if rows.share is None:
+                unit = rows.log_sum.neg().exp_()
+            else:
+                total = z.sum(1)
+                unit = torch.where(total == 0, 0.0, rows.share / total)
+            if factor is None:
+                z.mul_((unit * c.a)[:, None])
+            else:
+                z.mul_(unit[:, None]).mul_(factor)
         if c.d is not None:
             _add_outer_(z, -c.d, self.smoothing(columns))
         if chain is not None:
