@@ -163,6 +163,7 @@ RANKS = (
     {"schedules", "sharding", "dtensors"},
     {"backends", "sampling", "quantisation"},
     {"options", "precision"},
+    {"arguments", "transforms"},
 )
 
 
