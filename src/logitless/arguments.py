@@ -58,7 +58,7 @@ def check_number(
         number = float(value)
     except OverflowError:  # an integer or a fraction beyond any float
         raise ValueError(_too_large(name, value)) from None
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # NaN neither; a number that torch.compile leaves open can be compared
         raise ValueError(f"{name} must be finite, got {shown(value)}")
     if above is not None and number <= above:
         raise ValueError(f"{name} must be greater than {above}, got {shown(value)}")

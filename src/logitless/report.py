@@ -166,6 +166,8 @@ def sampling_report(
     draws = check_size("draws", draws, least=2)
     validation.check_head(input, linear_weight, target, linear_bias)
     ignore_index = validation.check_ignore_index(ignore_index)
+    softcap, logit_scale = validation.check_softcap(softcap), validation.check_logit_scale(logit_scale)
+    label_smoothing = validation.check_label_smoothing(label_smoothing)
     validation.check_targets_in_range(target, linear_weight.shape[0], ignore_index)
     target = validation.indices(target, ignore_index).view(target.shape)  # few operations know unsigned targets
     with torch.no_grad():

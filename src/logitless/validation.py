@@ -403,5 +403,5 @@ def check_targets_in_range(
         first = int(wrong.nonzero()[0, 0])
         raise ValueError(
             f"target must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, got "
-            f"{int(target.detach().reshape(-1)[first])} at token {first} (of {flat.shape[0]}, in row-major order)"
+            f"{target.detach().reshape(-1)[first].item()} at token {first} (of {flat.shape[0]}, in row-major order)"
         )
