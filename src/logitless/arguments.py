@@ -54,10 +54,9 @@ def check_number(
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:  # an integer or a fraction beyond any float
-        raise ValueError(_too_large(name, value)) from None
+    if isinstance(value, numbers.Rational) and not -LARGEST <= value <= LARGEST:  # before it is made a float
+        raise ValueError(_too_large(name, value))
+    number = float(value)
     if not -math.inf < number < math.inf:  # NaN neither; a number that torch.compile leaves open can be compared
         raise ValueError(f"{name} must be finite, got {shown(value)}")
     if above is not None and number <= above:

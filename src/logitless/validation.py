@@ -117,6 +117,11 @@ def check_dtype(name: str, value: object) -> torch.dtype:
     return dtype
 
 
+def dtype_name(name: str) -> str:
+    """PyTorch's name of a dtype that may have been given by its short one."""
+    return str(SHORT_NAMES.get(name, name)).removeprefix("torch.")
+
+
 def check_device(name: str, value: object) -> torch.device:
     """A device of PyTorch, given as such or by name; whether it is there is another question."""
     if isinstance(value, torch.device):
