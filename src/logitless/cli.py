@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from logitless import __version__
+import logitless
 from logitless.demo.config import TrainConfig, add_flags, given_flags, with_flags
 from logitless.demo.errors import InputError
 from logitless.demo.study import FIXED, RUNS, SGD_LEARNING_RATE, STUDY
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="logitless", description="Train language models without logits, and see what that saves."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {logitless.__version__}")
     subcommands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
     _add_demo(subcommands)
     _add_train(subcommands)
@@ -266,8 +266,6 @@ def _add_plan(subcommands: Subcommands) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    import logitless
-
     try:
         plan = logitless.plan(
             tokens=arguments.tokens,

@@ -64,15 +64,14 @@ class RunFolder:
         Raises:
             InputError: the path is taken, or cannot be written to.
         """
-        for folder in (self.path.parent, self.token_cache):
+        for folder in (self.path, self.token_cache):
             check_output_folder("--run-dir", folder)
         if self.settings.exists():
             raise InputError(
                 f"--run-dir: {self.path} already holds a run: go on with --resume {self.path}, or give another folder"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and any(self.path.iterdir()):
             raise InputError(f"--run-dir: {self.path} exists and is not an empty folder: give another")
-        check_output_folder("--run-dir", self.path)
 
     def create(self, config: TrainConfig, tokens_key: str) -> None:
         """Makes the folder and writes the settings."""
