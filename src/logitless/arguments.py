@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from fractions import Fraction
 from typing import TypeVar
 
 # Statistics and losses are fp32: a larger number would be infinite there, and one nearer to zero none at all.
@@ -54,7 +55,7 @@ def check_number(
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if isinstance(value, numbers.Rational) and not -LARGEST <= value <= LARGEST:  # before it is made a float
+    if isinstance(value, (int, Fraction)) and not -LARGEST <= value <= LARGEST:  # before it is made a float
         raise ValueError(_too_large(name, value))
     number = float(value)
     if not -math.inf < number < math.inf:  # NaN neither; a number that torch.compile leaves open can be compared

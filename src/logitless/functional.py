@@ -138,9 +138,10 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: an argument of the wrong type, or a tensor of the wrong kind of dtype.
-        ValueError: shapes that do not fit, tensors on different devices, numbers out of bounds, unknown names, a target
-            outside [0, V) on the CPU, a workspace too small (the message says the smallest that works), a mean without
-            ``normalizer`` where DTensors shard the tokens, or ranks of a group that do not make the same call.
+        ValueError: shapes that do not fit, tensors on different devices, numbers out of bounds or beyond those of fp32,
+            unknown names, a target outside [0, V) on the CPU, a workspace too small (the message says the smallest that
+            works), a mean without ``normalizer`` where DTensors shard the tokens, or ranks of a group that do not make
+            the same call.
         NotImplementedError: within a transform of ``torch.func``, with forward-mode differentiation, in TorchScript.
         RuntimeError: from a second differentiation; after the group's time limit, where a rank makes no such call.
 

@@ -167,7 +167,7 @@ def _check_workspace(config: BenchConfig) -> None:
     for name in config.cases:
         for dtype in config.dtypes:
             try:
-                planning.plan(**_shape(CASES[name]), dtype=dtype, device=config.device, workspace=config.workspace)
+                _plan(config, CASES[name], dtype, config.workspace)
             except ValueError as error:
                 raise InputError(f"--workspace {config.workspace}, case {name} in {dtype}: {error}") from error
 
@@ -188,8 +188,15 @@ def _check_trained_head(config: BenchConfig) -> None:
             raise InputError(f"--trained-head: {path} has D={width}, more than D={case.hidden} of case {case.name}")
 
 
-def _shape(case: Case) -> dict[str, int]:
-    return {"tokens": case.tokens, "hidden": case.hidden, "vocabulary": case.vocabulary}
+def _plan(config: BenchConfig, case: Case, dtype: str, workspace: str | None = None) -> planning.Plan:
+    return planning.plan(
+        tokens=case.tokens,
+        hidden=case.hidden,
+        vocabulary=case.vocabulary,
+        dtype=dtype,
+        device=config.device,
+        workspace=workspace,
+    )
 
 
 def _measure(config: BenchConfig, name: str, dtype: str, progress: Progress) -> CaseResult:
@@ -282,8 +289,7 @@ def _write(config: BenchConfig, output: Path, report: _Report) -> None:
 
 
 def _content(config: BenchConfig, case: Case, dtype: str, result: CaseResult) -> dict[str, Any]:
-    plan = planning.plan(**_shape(case), dtype=dtype, device=config.device)
-    return {"case": asdict(case), "dtype": dtype, "plan": str(plan), **asdict(result)}
+    return {"case": asdict(case), "dtype": dtype, "plan": str(_plan(config, case, dtype)), **asdict(result)}
 
 
 def _figure(output: Path) -> Path:
