@@ -405,6 +405,7 @@ def nothing_is_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "taken.png").mkdir()
     (tmp_path / "file").write_text("[]")
     hidden, labels = torch.ones(3, 64), torch.tensor([0, 1, 2])
     torch.save({"hidden": hidden}, "partial.pt")
@@ -444,6 +445,7 @@ PLAN = ["plan", "--tokens", "4096", "--hidden", "1024", "--vocabulary", "50304"]
         (["bench", "--output", "folder"], ["--output", "folder"]),
         (["bench", "--output", "file/results.json"], ["--output", "file", "not a directory"]),
         (["bench", "--output", "x" * 300], ["--output", "name too long"]),
+        (["bench", "--output", "taken.json"], ["--output", "taken.png"]),
         (["bench", "--output", "results.png"], ["--output", ".png"]),
         (["bench", "--trained-head", "nope.pt"], ["--trained-head", "nope.pt"]),
         (TRAINED, ["--cases smollm2", "--trained-head"]),
