@@ -42,10 +42,10 @@ class Tokens:
 
     @classmethod
     def of(cls, target: torch.Tensor, vocabulary: int, ignore_index: int) -> Tokens:
-        flat = target.detach().reshape(-1).long()
+        flat = validation.indices(target, ignore_index)
         keep = flat != ignore_index
         if flat.device.type == "cpu" and not torch.compiler.is_compiling():
-            validation.check_targets_in_range(flat, vocabulary, ignore_index)
+            validation.check_targets_in_range(target, vocabulary, ignore_index)
             rows = None if keep.all() else keep.nonzero()[:, 0]
             kept = flat if rows is None else flat[rows]
             return cls(
@@ -145,13 +145,11 @@ def checked_head(given: dtensors.Arguments, softcap: float | None, logit_scale: 
         least_vocabulary=1 if given.group is None else 0,
         sharded_rows=given.sequence_parallel,
     )
-    if softcap is not None:
-        validation.check_number("softcap", softcap, above=0)
-    validation.check_number("logit_scale", logit_scale)
+    head = HeadOptions(validation.check_logit_scale(logit_scale), validation.check_softcap(softcap))
     main_grad, weight = tensors["main_grad"], tensors["linear_weight"]
     if main_grad is not None:
         validation.check_main_grad(main_grad, weight)
-    return HeadOptions(logit_scale, softcap)
+    return head
 
 
 def meet(

@@ -21,6 +21,7 @@ from logitless.options import HeadOptions
 from logitless.planning import Plan
 from logitless.precision import own_precision
 from logitless.sharding import Merging, Shard, of_target
+from logitless.transforms import check_upstream
 
 SECOND_ORDER = (
     "logitless: second derivatives are not supported: the backward pass of this operator cannot be differentiated "
@@ -252,6 +253,7 @@ class _LinearHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        check_upstream(*upstream)
         hidden, weight, bias, target = ctx.saved_tensors
         ctx.call = replace(ctx.call, target=target)
         with torch.no_grad():

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from logitless import validation
+from logitless.arguments import check_flag
 from logitless.integrations.forwards import STATE, State, install, uninstall
 from logitless.integrations.trial import agreement
 from logitless.options import Backend, Sampled
@@ -105,6 +106,7 @@ def patch(
             followed; or options that ``linear_cross_entropy`` refuses. The model is then as it was.
     """
     options = _checked(gradient, workspace, backend, z_loss, label_smoothing)
+    check_flag("verify", verify)
     inner = _unwrapped(model)
     if STATE in inner.__dict__:
         raise ValueError(f"model is patched already, got a {type(inner).__name__}; call logitless.unpatch(model) first")
@@ -141,8 +143,8 @@ def _checked(gradient: Any, workspace: Any, backend: Any, z_loss: Any, label_smo
     validation.check_gradient(gradient)
     validation.check_workspace(workspace)
     validation.check_backend(backend)
-    validation.check_number("z_loss", z_loss, least=0)
-    validation.check_number("label_smoothing", label_smoothing, least=0, most=1)
+    validation.check_z_loss(z_loss)
+    validation.check_label_smoothing(label_smoothing)
     given = {"gradient": gradient, "workspace": workspace, "backend": backend, "z_loss": z_loss}
     return {**given, "label_smoothing": label_smoothing}
 
