@@ -245,8 +245,7 @@ class _LinearHead(torch.autograd.Function):
         gathered = hidden if call.shard is None else call.shard.layout.gathered(hidden)
         outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias)
         ctx.call = call
-        # The target too, which may be the caller's own memory: a loader that has written to it since is an error then.
-        ctx.save_for_backward(hidden if call.gathers_again else gathered, weight, bias, call.target)
+        ctx.save_for_backward(hidden if call.gathers_again else gathered, weight, bias)
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         ctx.set_materialize_grads(False)
         return outputs
@@ -254,8 +253,7 @@ class _LinearHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         check_upstream(*upstream)
-        hidden, weight, bias, target = ctx.saved_tensors
-        ctx.call = replace(ctx.call, target=target)
+        hidden, weight, bias = ctx.saved_tensors
         with torch.no_grad():
             if ctx.call.gathers_again:
                 hidden = ctx.call.shard.layout.gathered(hidden)
