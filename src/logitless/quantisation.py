@@ -44,7 +44,7 @@ class Quantised:
 def loud_channels(hidden: torch.Tensor) -> torch.Tensor:
     """[C] int64 ascending indices of the channels of hidden states [N, D] that are taken twice."""
     size = min(LOUD, hidden.shape[1])
-    energy = torch.zeros(hidden.shape[1], device=hidden.device)
+    energy = torch.zeros(hidden.shape[1], dtype=torch.float32, device=hidden.device)
     for rows in hidden.split(SUMMED_ROWS):
         energy += rows.float().square().sum(0)
     return energy.nan_to_num(torch.inf).topk(size).indices.sort().values

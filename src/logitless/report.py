@@ -245,7 +245,8 @@ def _noise(
         for name, value in gradients(target, sampled).items():
             sums[name] += value
             squares[name] += (value - exact[name]).square().sum().item()
-    order = counted[torch.randperm(len(counted), generator=torch.Generator().manual_seed(0)).to(counted.device)]
+    drawn = torch.randperm(len(counted), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    order = counted[drawn.to(counted.device)]
     half = {}
     for name, some in (("first", order[: len(order) // 2]), ("second", order[len(order) // 2 :])):
         alone = torch.full_like(target.reshape(-1), ignore_index)

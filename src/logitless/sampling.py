@@ -59,7 +59,7 @@ def mix_in_smoothing(
 def block_shares(smoothing: torch.Tensor | float, vocabulary: int, device: torch.device) -> torch.Tensor:
     """[B] float64 share of each block in the smoothing [V] or one number for all."""
     if not isinstance(smoothing, torch.Tensor):
-        smoothing = torch.full((vocabulary,), smoothing, device=device)
+        smoothing = torch.full((vocabulary,), smoothing, dtype=torch.float64, device=device)
     share = block_sums(smoothing.abs().double())
     return share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
 

@@ -200,7 +200,9 @@ class _Accumulators:
             self.weight = problem.main_grad
         if shape.weight_gradient and self.weight is None:
             self.weight = launcher.empty(*shape.weight_gradient_size, dtype=shape.weight_dtype)
-        self.bias = torch.zeros(shape.vocabulary, device=launcher.device) if shape.bias_gradient else None
+        self.bias = None
+        if shape.bias_gradient:
+            self.bias = torch.zeros(shape.vocabulary, dtype=torch.float32, device=launcher.device)
 
     def add(self, hidden: torch.Tensor, gradient: torch.Tensor, columns: slice) -> None:
         """Products of a window's gradient [N, U]."""

@@ -149,7 +149,7 @@ def loud_channels(
     """[C] int64 ascending indices of the channels whose mean square over the rows that count is largest."""
     rows, columns = hidden.shape
     segment = max(1, ceil_div(rows, SUMMED_SEGMENTS))
-    sums = torch.empty(ceil_div(rows, segment), columns, device=hidden.device)
+    sums = torch.empty(ceil_div(rows, segment), columns, dtype=torch.float32, device=hidden.device)
     column_squares_kernel[(ceil_div(columns, SUMMED_COLUMNS), sums.shape[0])](
         hidden,
         hidden if counted is None else counted,
@@ -203,7 +203,7 @@ def quantise_rows(
 def new_operand(rows: int, hidden: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Unwritten values [R, W] e4m3 and scales [R] fp32."""
     values = torch.empty(rows, operand_width(hidden), dtype=FORMAT, device=device)
-    return values, torch.empty(rows, device=device)
+    return values, torch.empty(rows, dtype=torch.float32, device=device)
 
 
 class Rounding:

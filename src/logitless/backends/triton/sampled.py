@@ -183,7 +183,7 @@ class _Grouped:
         """[N] sums of the logits weighted by the smoothing: one vector product."""
         problem, smoothing = self._problem, self._problem.smoothing
         assert smoothing is not None
-        offset = torch.zeros(1, device=self._device)
+        offset = torch.zeros(1, dtype=torch.float32, device=self._device)
         if problem.bias is not None:
             offset = (problem.bias.float() * smoothing).sum()
         counted = problem.counted
@@ -340,7 +340,7 @@ class _Grouped:
     ) -> torch.Tensor:
         """[N, D] fp32 gradient of the hidden states."""
         shape, scale, tile = self._shape, self._problem.head.logit_scale, self._hidden_tile
-        result = torch.zeros(shape.tokens, shape.hidden, device=self._device)
+        result = torch.zeros(shape.tokens, shape.hidden, dtype=torch.float32, device=self._device)
         in_order = torch.are_deterministic_algorithms_enabled()
         width = OWNED if in_order else tile.columns
         operands = (

@@ -335,8 +335,8 @@ class Kept:
         size = (shape.tokens, slots(shape))
         return cls(
             blocks=torch.full(size, -1, dtype=torch.int32, device=device),
-            shares=torch.empty(size, device=device),
-            weights=torch.empty(size, device=device),
+            shares=torch.empty(size, dtype=torch.float32, device=device),
+            weights=torch.empty(size, dtype=torch.float32, device=device),
         )
 
 
