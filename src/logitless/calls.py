@@ -48,9 +48,10 @@ class Tokens:
             validation.check_targets_in_range(target, vocabulary, ignore_index)
             rows = None if keep.all() else keep.nonzero()[:, 0]
             kept = flat if rows is None else flat[rows]
-            return cls(
-                kept, rows, torch.ones(kept.shape[0], dtype=torch.float32, device=flat.device), None, flat.shape[0]
-            )
+            if kept.is_inference() and torch.is_grad_enabled():
+                kept = kept.clone()  # as autograd saves no tensor of inference mode, and generated tokens often are
+            ones = torch.ones(kept.shape[0], dtype=torch.float32, device=kept.device)
+            return cls(kept, rows, ones, None, flat.shape[0])
         inside = (flat >= 0) & (flat < vocabulary)
         counted = keep.float().masked_fill(keep & ~inside, torch.nan)
         return cls(torch.where(keep & inside, flat, 0), None, counted, keep, flat.shape[0])
@@ -276,7 +277,6 @@ def evaluate(
     call = operators.Call(
         shape=shape,
         plan=plan,
-        target=target,
         rows=tokens.rows,
         total_rows=tokens.total,
         head=head,
@@ -289,7 +289,7 @@ def evaluate(
         appended=None if operands.appended is None else trained.dtype,
         gathers_again=layout is not None and _gathers_again(shape, plan, layout, options.workspace),
     )
-    return operators.apply(hidden, weight, linear_bias, call, operands.appended)
+    return operators.apply(hidden, weight, linear_bias, target, call, operands.appended)
 
 
 def _gathers_again(shape: Shape, plan: planning.Plan, layout: sharding.Layout, workspace: int | None) -> bool:

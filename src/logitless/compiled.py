@@ -133,7 +133,6 @@ def _call(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    target: torch.Tensor,
     counted: torch.Tensor | None,
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
@@ -168,7 +167,6 @@ def _call(
     return Call(
         shape=shape,
         plan=planning.choose(shape, backend, objective.scalar, settings.workspace, settings.forced),
-        target=target,
         rows=None,
         total_rows=shape.tokens,
         head=settings.head,
@@ -194,8 +192,8 @@ def linear_head(
     text: str,
 ) -> list[torch.Tensor]:
     """The objective's outputs, then what the gradient needs: see ``_saved``."""
-    call = _call(_read(text), hidden, weight, bias, target, counted, scale, class_weight, smoothing, offsets)
-    outputs, statistics, prepared = evaluate(call, hidden, weight, bias)
+    call = _call(_read(text), hidden, weight, bias, counted, scale, class_weight, smoothing, offsets)
+    outputs, statistics, prepared = evaluate(call, hidden, weight, bias, target)
     return [*outputs, *_saved(statistics, prepared)]
 
 
@@ -221,7 +219,7 @@ def _(
     text: str,
 ) -> list[torch.Tensor]:
     read = _read(text)
-    call = _call(read, hidden, weight, bias, target, counted, scale, class_weight, smoothing, offsets)
+    call = _call(read, hidden, weight, bias, counted, scale, class_weight, smoothing, offsets)
     shape, dtype = call.shape, read.statistics_dtype
 
     def rows(kind: torch.dtype) -> torch.Tensor:
@@ -260,7 +258,7 @@ def linear_head_backward(
 ) -> list[torch.Tensor]:
     """The gradients that are wanted, in their tensors' dtypes, from upstream gradients of the outputs ``given``."""
     read = _read(text)
-    call = _call(read, hidden, weight, bias, target, counted, scale, class_weight, smoothing, offsets)
+    call = _call(read, hidden, weight, bias, counted, scale, class_weight, smoothing, offsets)
     gap = "mean_gap" in call.shape.statistics
     statistics = Statistics(
         peak=saved[0],
@@ -272,7 +270,7 @@ def linear_head_backward(
     by_output: list[torch.Tensor | None] = [None] * (1 if read.loss is not None else len(read.outputs))
     for index, grad in zip(given, upstream, strict=True):
         by_output[index] = grad
-    gradients = differentiate(call, hidden, weight, bias, statistics, tuple(by_output))
+    gradients = differentiate(call, hidden, weight, bias, target, statistics, tuple(by_output))
     tensors = ((gradients.hidden, hidden), (gradients.weight, weight), (gradients.bias, bias))
     return [g.to(of.dtype) for g, of in tensors if g is not None and of is not None]
 
@@ -299,10 +297,11 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     *tensors, text = inputs
+    hidden, weight, bias, _, *others = tensors
     read = _read(text)
     count = 1 if read.loss is not None else len(read.outputs)
     ctx.text, ctx.count = text, count
-    ctx.prepared = _call(read, *tensors).plan.strategy == "chunked"
+    ctx.prepared = _call(read, hidden, weight, bias, *others).plan.strategy == "chunked"
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[count:])
 

@@ -32,12 +32,13 @@ SECOND_ORDER = (
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the operator, but for its differentiable tensors.
+    """One call of the operator, but for the caller's tensors, which the backward pass reads as autograd saved them.
+
+    What tensors there are here are the call's own, but for ``main_grad``.
 
     Attributes:
         shape: of the problem.
         plan: how to compute it.
-        target: [N] int64, of the rows that count.
         rows: [N] int64 their positions among the caller's rows, None where all of them count.
         total_rows: how many rows the caller gave.
         head: scale and cap of the logits.
@@ -53,7 +54,6 @@ class Call:
 
     shape: Shape
     plan: Plan
-    target: torch.Tensor
     rows: torch.Tensor | None
     total_rows: int
     head: HeadOptions
@@ -67,7 +67,12 @@ class Call:
     gathers_again: bool = False
 
     def problem(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, merge: Merging | None = None
+        self,
+        hidden: torch.Tensor,  # [total_rows, D]
+        weight: torch.Tensor,  # [V, D]
+        bias: torch.Tensor | None,  # [V]
+        target: torch.Tensor,  # [N]
+        merge: Merging | None = None,
     ) -> Problem:
         """The problem of the rows that count."""
         matrix, index = rows_of(hidden)
@@ -81,7 +86,7 @@ class Call:
             hidden=matrix,
             weight=weight,
             bias=bias,
-            target=self.target,
+            target=target,
             head=self.head,
             counted=self.counted,
             smoothing=self.smoothing,
@@ -103,6 +108,7 @@ def apply(
     hidden: torch.Tensor,  # [..., D], total_rows of them
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
+    target: torch.Tensor,  # [N] int64, of the rows that count
     call: Call,
     appended: torch.Tensor | None = None,  # [V, R]
 ) -> tuple[torch.Tensor, ...]:
@@ -110,18 +116,18 @@ def apply(
 
     ``appended`` are the last columns of ``weight`` once more, where their gradient alone is wanted.
     """
-    return _LinearHead.apply(hidden, weight, bias, call, appended)  # type: ignore[no-any-return]
+    return _LinearHead.apply(hidden, weight, bias, target, call, appended)  # type: ignore[no-any-return]
 
 
 def evaluate(
-    call: Call, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    call: Call, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], Statistics, Gradients | None]:
     """Outputs, statistics, and under the chunked strategy the gradients of a scalar output for an upstream one of 1."""
     schedule, backend, objective = call.plan.schedule, backends.load(call.plan.backend), call.objective
     prepared, shard = None, call.shard
     merge = None if shard is None else Merging(shard, call.smoothing)
-    with own_precision(hidden.device):
-        problem = call.problem(hidden, weight, bias, merge)
+    with own_precision(hidden.device), torch.cuda.device_of(hidden):  # kernels start on the current device
+        problem = call.problem(hidden, weight, bias, target, merge)
         ahead = None
         if schedule.strategy == "chunked" or schedule.prepared:
             assert isinstance(objective, LossObjective)
@@ -199,12 +205,13 @@ def differentiate(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    target: torch.Tensor,
     statistics: Statistics,
     upstream: tuple[torch.Tensor | None, ...],
 ) -> Gradients:
     """Gradients of the rows that count, of weight and of bias, in accumulation dtypes; residuals may be used up."""
-    with own_precision(hidden.device):
-        problem, backend = call.problem(hidden, weight, bias), backends.load(call.plan.backend)
+    with own_precision(hidden.device), torch.cuda.device_of(hidden):
+        problem, backend = call.problem(hidden, weight, bias, target), backends.load(call.plan.backend)
         if call.plan.schedule.prepared:
             (grad,) = upstream
             assert grad is not None
@@ -236,6 +243,7 @@ class _LinearHead(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        target: torch.Tensor,
         call: Call,
         appended: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
@@ -243,9 +251,9 @@ class _LinearHead(torch.autograd.Function):
         hidden, weight = arrived(hidden), arrived(weight)
         bias = None if bias is None else arrived(bias)
         gathered = hidden if call.shard is None else call.shard.layout.gathered(hidden)
-        outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias)
+        outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias, target)
         ctx.call = call
-        ctx.save_for_backward(hidden if call.gathers_again else gathered, weight, bias)
+        ctx.save_for_backward(hidden if call.gathers_again else gathered, weight, bias, target)
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         ctx.set_materialize_grads(False)
         return outputs
@@ -253,18 +261,18 @@ class _LinearHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         check_upstream(*upstream)
-        hidden, weight, bias = ctx.saved_tensors
+        hidden, weight, bias, target = ctx.saved_tensors
         with torch.no_grad():
             if ctx.call.gathers_again:
                 hidden = ctx.call.shard.layout.gathered(hidden)
-            gradients = _gradients(ctx, hidden, weight, bias, upstream)
+            gradients = _gradients(ctx, hidden, weight, bias, target, upstream)
         if torch.is_grad_enabled():  # create_graph=True
             connected = [t for t in (hidden, weight, bias, *upstream) if t is not None and t.requires_grad]
             gradients = tuple(None if g is None else _NotTwice.apply(g, *connected) for g in gradients)
         of_hidden, of_weight, of_bias = gradients
         if ctx.call.appended is not None:
-            return of_hidden, None, of_bias, None, of_weight
-        return of_hidden, of_weight, of_bias, None, None
+            return of_hidden, None, of_bias, None, None, of_weight
+        return of_hidden, of_weight, of_bias, None, None, None
 
 
 def _gradients(
@@ -272,6 +280,7 @@ def _gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    target: torch.Tensor,
     upstream: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of hidden states, weight and bias in their own dtypes."""
@@ -284,7 +293,7 @@ def _gradients(
         gradients: Gradients = ctx.prepared
         ctx.prepared = None
     else:
-        gradients = differentiate(call, hidden, weight, bias, ctx.statistics, upstream)
+        gradients = differentiate(call, hidden, weight, bias, target, ctx.statistics, upstream)
         if call.plan.strategy != "sampled" and not call.plan.schedule.prepared:  # their residuals are read, not used up
             ctx.statistics = ctx.statistics.leaving(())
     shard = call.shard

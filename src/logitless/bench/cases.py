@@ -6,12 +6,12 @@ N tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from logitless.bench.trained import grow, load_trained_head, widen
-from logitless.demo.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int,
     """Fresh inputs of a case.
 
     Raises:
-        InputError: the case needs a trained head and none was given, or it is too narrow or has too few rows.
+        ValueError: the case needs a trained head and none was given, or it is too narrow or has too few rows.
     """
     if case.on_device:
         inputs = Inputs(
@@ -86,13 +86,13 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int,
         return inputs
     if not case.trained:
         generator = torch.Generator("cpu").manual_seed(seed)
-        hidden = torch.randn(case.tokens, case.hidden, generator=generator, dtype=torch.float32, device="cpu")
-        weight = torch.randn(case.vocabulary, case.hidden, generator=generator, dtype=torch.float32, device="cpu")
-        weight /= case.hidden**0.5
+        normal = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+        hidden = normal(case.tokens, case.hidden)
+        weight = normal(case.vocabulary, case.hidden) / case.hidden**0.5
         target = torch.randint(0, case.vocabulary, (case.tokens,), generator=generator, device="cpu")
     else:
         if trained_head is None:
-            raise InputError(f"case {case.name!r} needs the file of a trained head: give it with --trained-head FILE")
+            raise ValueError(f"case {case.name!r} needs the file of a trained head; give it with --trained-head FILE")
         head = load_trained_head(trained_head)
         rows = torch.arange(case.tokens, device="cpu") % head.hidden.shape[0]
         hidden, weight = widen(head.hidden[rows].to(device), head.weight.to(device), case.hidden)

@@ -119,9 +119,10 @@ def _candidates(kind: Any, built_in: Any) -> Iterator[Any]:
 
 def _kernels(problem: Problem, device: torch.device) -> dict[Any, Callable[[], Any]]:
     """A call whose time is that of each kernel, and whatever does not depend on its tile."""
-    hidden = torch.randn(problem.tokens, problem.hidden, device=device).to(problem.dtype).requires_grad_()
-    weight = torch.randn(problem.vocabulary, problem.hidden, device=device).mul_(SPREAD * problem.hidden**-0.5)
-    weight = weight.to(problem.dtype)
+    hidden = torch.randn(problem.tokens, problem.hidden, dtype=torch.float32, device=device)
+    hidden = hidden.to(problem.dtype).requires_grad_()
+    weight = torch.randn(problem.vocabulary, problem.hidden, dtype=torch.float32, device=device)
+    weight = weight.mul_(SPREAD * problem.hidden**-0.5).to(problem.dtype)
     target = torch.randint(problem.vocabulary, (problem.tokens,), device=device)
 
     def scan() -> Any:

@@ -253,7 +253,7 @@ class _Chunks:
         values = replace(values, entries=projection.target_entries(values))
         entries = projection.product_entries(values)
         projection.softmax_gradient_(raw, self._everything, values, gradients.bias)
-        raw[torch.arange(raw.shape[0], device=raw.device), target] = 0
+        raw[torch.arange(raw.shape[0], dtype=torch.int64, device=raw.device), target] = 0
         if gradients.hidden is not None:
             for columns in self._windows:
                 self._hidden_adder.add(gradients.hidden[rows], raw[:, columns], projection.weight(columns))

@@ -78,7 +78,8 @@ def residuals(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]
 def lodgings(buffer: torch.Tensor, problem: Problem, schedule: Schedule) -> torch.Tensor:
     """[windows, N, U] places in the weight gradient's buffer, from its second window of rows on."""
     shape = problem.shape
-    spacing = lodging_spacing(shape, schedule.window)
+    # What is kept has the compute dtype, which without a GPU need not be that of the library's products.
+    spacing = lodging_spacing(shape, schedule.window) * shape.product_dtype.itemsize // shape.compute_dtype.itemsize
     flat = buffer[schedule.window :].view(-1).view(shape.compute_dtype)
     size = (schedule.lodged_windows, shape.tokens, schedule.window)
     return flat.as_strided(size, (spacing, schedule.window, 1))
@@ -200,7 +201,9 @@ class _Accumulators:
             self.weight = problem.main_grad
         if shape.weight_gradient and self.weight is None:
             self.weight = launcher.empty(*shape.weight_gradient_size, dtype=shape.weight_dtype)
-        self.bias = launcher.empty(shape.vocabulary).zero_() if shape.bias_gradient else None
+        self.bias = None
+        if shape.bias_gradient:
+            self.bias = torch.zeros(shape.vocabulary, dtype=torch.float32, device=launcher.device)
 
     def add(self, hidden: torch.Tensor, gradient: torch.Tensor, columns: slice) -> None:
         """Products of a window's gradient [N, U]."""
