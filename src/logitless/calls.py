@@ -104,11 +104,13 @@ class Operands:
     def of(cls, input: torch.Tensor, linear_weight: torch.Tensor, adapter: Adapter | None) -> Operands:
         if adapter is None:
             return cls(input, linear_weight)
-        low, appended = (part.to(of.dtype) for part, of in zip(adapter, (input, linear_weight), strict=True))
-        hidden = torch.cat((input, low), -1)
-        if linear_weight.requires_grad or not appended.requires_grad or torch.compiler.is_compiling():
-            return cls(hidden, torch.cat((linear_weight, appended), 1))
-        return cls(hidden, torch.cat((linear_weight, appended.detach()), 1), appended)
+        low, appended = adapter
+        with torch.autocast(input.device.type, enabled=False):  # it takes over torch.cat, and knows one narrow dtype
+            hidden = torch.cat((input, low.to(input.dtype)), -1)
+            if linear_weight.requires_grad or not appended.requires_grad or torch.compiler.is_compiling():
+                return cls(hidden, torch.cat((linear_weight, appended.to(linear_weight.dtype)), 1))
+            columns = appended.detach().to(linear_weight.dtype)
+            return cls(hidden, torch.cat((linear_weight, columns), 1), appended)
 
     @property
     def trained(self) -> torch.Tensor:
@@ -200,7 +202,6 @@ def meet(
         rank=meeting.group.rank(),
         sizes=sizes,
         rows=rows if given.sequence_parallel else None,
-        sums=given.sums_hidden,
     )
 
 

@@ -213,7 +213,7 @@ def linear_cross_entropy(
         mass = smoothing.sum() if total is None else total / vocabulary
     objective = LossObjective(options, tokens.mask, scale, row_weight, mass)
     (loss,) = evaluate(operands, linear_bias, tokens, objective, smoothing, call, layout)
-    return loss if objective.scalar else loss.view(target.shape)
+    return loss if objective.scalar else given.moved_back(loss.view(target.shape))
 
 
 @not_scriptable
@@ -290,7 +290,8 @@ def token_statistics(
     dtype = statistics_dtype(compute_dtype(operands.hidden, operands.weight))
     objective = StatisticsObjective(names, tokens.mask, tokens.counted.to(dtype))
     values = evaluate(operands, linear_bias, tokens, objective, None, call, layout)
-    return TokenStatistics(**{name: value.view(target.shape) for name, value in zip(names, values, strict=True)})
+    shaped = (given.moved_back(value.view(target.shape)) for value in values)
+    return TokenStatistics(**dict(zip(names, shaped, strict=True)))
 
 
 def check_targets(

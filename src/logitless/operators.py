@@ -250,8 +250,10 @@ class _LinearHead(torch.autograd.Function):
         del appended  # for its gradient
         hidden, weight = arrived(hidden), arrived(weight)
         bias = None if bias is None else arrived(bias)
-        gathered = hidden if call.shard is None else call.shard.layout.gathered(hidden)
-        outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias, target)
+        # No collective or copy may depend on autocast, which one rank alone could fail under.
+        with torch.autocast(hidden.device.type, enabled=False):
+            gathered = hidden if call.shard is None else call.shard.layout.gathered(hidden)
+            outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias, target)
         ctx.call = call
         ctx.save_for_backward(hidden if call.gathers_again else gathered, weight, bias, target)
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
@@ -262,7 +264,7 @@ class _LinearHead(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         check_upstream(*upstream)
         hidden, weight, bias, target = ctx.saved_tensors
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             if ctx.call.gathers_again:
                 hidden = ctx.call.shard.layout.gathered(hidden)
             gradients = _gradients(ctx, hidden, weight, bias, target, upstream)
@@ -303,8 +305,10 @@ def _gradients(
     packed = _handed_on(gradients, "hidden", scale, hidden.dtype)
     if packed is not None and (shard is None or shard.layout.rows is None):
         packed = call.spread(packed)
+    if packed is not None and shard is None:
+        packed = packed.view(hidden.shape)
     return (
-        None if packed is None else packed.view(hidden.shape),
+        packed,
         _handed_on(gradients, "weight", scale, call.appended or weight.dtype),
         None if bias is None else _handed_on(gradients, "bias", scale, bias.dtype),
     )

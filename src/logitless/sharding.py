@@ -45,14 +45,12 @@ class Layout:
         rank: this one's number in the group.
         sizes: rows of the weight, by rank.
         rows: rows of the hidden states by rank, where they are sharded too; None where each rank has all.
-        sums: whether the gradient of the hidden states is to be summed over ranks; no, where the caller does.
     """
 
     group: dist.ProcessGroup
     rank: int
     sizes: tuple[int, ...]
     rows: tuple[int, ...] | None
-    sums: bool = True
 
     @property
     def vocabulary(self) -> int:
@@ -86,7 +84,7 @@ class Layout:
     def summed(self, gradient: torch.Tensor) -> torch.Tensor:
         """[N, D] the sum over ranks, or [R, D] its rows of this rank; in fp32, or fp64."""
         gradient = gradient if gradient.dtype == torch.float64 else gradient.float()
-        if gradient.shape[0] == 0 or not self.sums:
+        if gradient.shape[0] == 0:
             return gradient
         if self.rows is None:
             gradient = gradient.contiguous()

@@ -397,18 +397,6 @@ for _name in (
 DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
-class EvaluatedLogits(DeferredLogits):
-    """Those of a forward pass without gradients.
-
-    They say that they are a tensor, as code that gathers predictions over batches and processes asks for.
-    """
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        """What ``isinstance`` is told."""
-        return Tensor
-
-
 def _scale(terms: tuple[Term, ...], bound: float | None) -> float:
     """``logit_scale`` of the first term's product."""
     return terms[0].factor * (1.0 if bound is None else bound)

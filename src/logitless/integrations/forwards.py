@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logitless.integrations.deferred import DeferredLogits, EvaluatedLogits, Record, Term, real
+from logitless.integrations.deferred import DeferredLogits, Record, Term, real
+from logitless.integrations.lazy import handed_out
 from logitless.integrations.moment import Backward, Moment, Parameters, Since, parameters_of
 
 STATE = "_logitless"
@@ -137,6 +138,8 @@ def install(model: nn.Module, state: State) -> None:
         if here.trial is None and not torch.compiler.is_compiling():
             call.since.close()
             _warn_of_logits(call)
+            if outer is None and not torch.is_grad_enabled():
+                return handed_out(output)
         return output
 
     # Not as `__wrapped__`, which accelerate follows when it takes off what it put around.
@@ -222,10 +225,8 @@ def _head_forward(self: nn.Linear, input: Any, work: Callable[[], Tensor] | None
             return logits
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-    evaluating = trial is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    logits = EvaluatedLogits if evaluating else DeferredLogits
     moment = Moment.now(call.before + parameters_of([self]), call.since)
-    return logits((Term(input, self),), dtype, call.state.options, call.record, moment)
+    return DeferredLogits((Term(input, self),), dtype, call.state.options, call.record, moment)
 
 
 setattr(_head_forward, MARK, True)
