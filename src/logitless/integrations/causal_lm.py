@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from logitless import validation
 from logitless.arguments import check_flag
+from logitless.integrations.deferred import weight_size
 from logitless.integrations.forwards import STATE, State, install, uninstall
 from logitless.integrations.trial import agreement
 from logitless.options import Backend, Sampled
@@ -182,7 +183,7 @@ def _heads(model: nn.Module) -> dict[str, nn.Linear]:
     leaves = {
         path: layer
         for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == shape[0] and _belongs(layer, output)
+        if isinstance(layer, nn.Linear) and weight_size(layer)[0] == shape[0] and _belongs(layer, output)
     }
     for path, layer in leaves.items():
         if type(layer).forward is not nn.Linear.forward:
@@ -203,7 +204,7 @@ def _facts(model: nn.Module, heads: dict[str, nn.Linear]) -> dict[str, Any]:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return {
         "model": type(model).__name__,
-        "heads": tuple((path, (head.out_features, head.in_features)) for path, head in heads.items()),
+        "heads": tuple((path, weight_size(head)) for path, head in heads.items()),
         "tied": any(head.weight is getattr(embedding, "weight", None) for head in heads.values()),
         "bias": any(head.bias is not None for head in heads.values()),
     }

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logitless.integrations.deferred import DeferredLogits, Record, Term, real
+from logitless.integrations.deferred import DeferredLogits, Record, Term, real, weight_size
 from logitless.integrations.lazy import handed_out
 from logitless.integrations.moment import Backward, Moment, Parameters, Since, parameters_of
 
@@ -226,7 +226,7 @@ def _head_forward(self: nn.Linear, input: Any, work: Callable[[], Tensor] | None
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
     moment = Moment.now(call.before + parameters_of([self]), call.since)
-    return DeferredLogits((Term(input, self),), dtype, call.state.options, call.record, moment)
+    return DeferredLogits((Term(input, self, weight_size(self)[0]),), dtype, call.state.options, call.record, moment)
 
 
 setattr(_head_forward, MARK, True)
