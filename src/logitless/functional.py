@@ -143,7 +143,8 @@ def linear_cross_entropy(
             works), a mean without ``normalizer`` where DTensors shard the tokens, or ranks of a group that do not make
             the same call.
         NotImplementedError: within a transform of ``torch.func``, with forward-mode differentiation, in TorchScript.
-        RuntimeError: from a second differentiation; after the group's time limit, where a rank makes no such call.
+        RuntimeError: from a second differentiation; from a backward pass that reads a tensor written to since the
+            forward pass, as PyTorch raises; after the group's time limit, where a rank makes no such call.
 
     The method: arXiv 2511.17599, with the strategies and the sampled gradient of ``docs/design.md``.
     """
