@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +23,14 @@ import logitless
 from kernels import (
     DEVICE,
     DTYPES,
+    FP32_PRECISIONS,
     LOG2,
     STATISTICS,
     Head,
     check,
     counting,
     exact_statistics,
+    fp32_precision,
     gathered,
     logits,
     logits_gradient,
@@ -42,7 +42,7 @@ from logitless.backends import triton as backend
 from logitless.backends.contract import AffineCoefficients, Coefficients, Gradients, Problem, Schedule, Statistics
 from logitless.backends.triton import rowwise
 from logitless.backends.triton.dense import new_statistics, padded
-from logitless.backends.triton.launch import COMBINED_BLOCKS, Launcher, Tables
+from logitless.backends.triton.launch import COMBINED_BLOCKS, Launcher, Tables, input_precision
 from logitless.backends.triton.primitives import nearest_tf32, tanh
 from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows, scatter_rows
 from logitless.backends.triton.rowwise import gradient_in_place, scale_rows
@@ -892,22 +892,28 @@ def test_nothing_is_formed_ahead_in_fp16(workspace):
     assert logitless.plan(**sizes, dtype="float32", workspace="8GiB").schedule.prepared
 
 
-@contextlib.contextmanager
-def precision_of_fp32_products(precision: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+@pytest.mark.parametrize("setting", FP32_PRECISIONS)
+def test_operands_are_rounded_to_the_nearest_tf32_where_pytorch_does_so(setting):
+    """By either interface: PyTorch refuses to say ``allow_tf32`` after ``fp32_precision`` was set."""
+    problem = HEADS[0].problem(17, 24, 300)
+    operands = torch.cat([problem.hidden, problem.weight]).double()
+    step = 2.0 ** (torch.frexp(operands).exponent - 11)
+    rounded = ((operands / step).round() * step).float()
+    nearest = replace(problem, hidden=rounded[:17], weight=rounded[17:])
+    exact, approximate = (scanned(which)[2].logsumexp for which in (problem, nearest))
+    assert not torch.equal(exact, approximate)
+    with fp32_precision(setting):
+        given = scanned(problem)[2].logsumexp
+    assert torch.equal(given, approximate if FP32_PRECISIONS[setting][1] else exact)
 
 
-@pytest.mark.parametrize("precision", ["tf32", "ieee", "none"])
-def test_precision_set_by_either_interface(precision):
-    """PyTorch refuses to say ``allow_tf32`` after ``fp32_precision`` was set."""
-    with precision_of_fp32_products(precision):
-        Launcher(HEADS[0].problem(17, 24, 300))
+@pytest.mark.parametrize("setting", FP32_PRECISIONS)
+def test_precision_of_fp32_products_is_pytorchs(setting):
+    """Which its own products follow: it is read from where they read it."""
+    with fp32_precision(setting):
+        assert (input_precision(torch.float32) == "tf32") == FP32_PRECISIONS[setting][1]
+        for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+            assert input_precision(dtype) == "ieee"
 
 
 @triton.jit
@@ -929,17 +935,21 @@ def test_nearest_tf32():
     assert result[8:].isnan().all()
 
 
-def test_operands_are_rounded_to_the_nearest_tf32():
-    problem = HEADS[0].problem(17, 24, 300)
-    operands = torch.cat([problem.hidden, problem.weight]).double()
-    step = 2.0 ** (torch.frexp(operands).exponent - 11)
-    rounded = ((operands / step).round() * step).float()
-    nearest = replace(problem, hidden=rounded[:17], weight=rounded[17:])
-    with precision_of_fp32_products("tf32"):
-        given, expected = (scanned(which)[2].logsumexp for which in (problem, nearest))
-    assert torch.equal(given, expected)
-    with precision_of_fp32_products("ieee"):
-        assert not torch.equal(scanned(problem)[2].logsumexp, given)
+@each_schedule
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_fp32_precision_does_not_reach_16_bits(schedule, dtype):
+    """The bits of every kernel are those without the setting: to round a bf16 operand to TF32 does not even compile."""
+    head = Head("busy", dtype, bias=True, scale=0.75, softcap=5.0, vector=True, counted="some")
+    problem = head.problem(TOKENS, HIDDEN, VOCABULARY, schedule_statistics(schedule))
+    coefficients = schedule_coefficients(schedule)
+    expected, given = {}, {}
+    for results, setting in ((expected, "highest"), (given, "high")):
+        with fp32_precision(setting):
+            statistics, gradients = evaluated(problem, schedule, coefficients)
+        results.update({**vars(statistics), **vars(gradients)})
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, given[name]), name
 
 
 # --- compilation ------------------------------------------------------------------------------------------------------
