@@ -955,12 +955,37 @@ def test_fp32_precision_does_not_reach_16_bits(schedule, dtype):
 # --- compilation ------------------------------------------------------------------------------------------------------
 
 
-def test_every_kernel_compiles_for_a_gpu():
-    """The interpreter runs what the compiler refuses: branches of two types, methods of integers that are constants.
-
-    Every kernel, with its flags on and off, and with each integer argument equal to 1, which makes it a constant.
-    """
+def offline(*arguments: str) -> subprocess.CompletedProcess:
+    """A run of Python in which Triton compiles, and does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
-    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_variant_that_calls_ask_for_compiles():
+    """The interpreter runs what the compiler refuses: branches of two types, bitcasts, methods of constants."""
+    run = offline(str(Path(__file__).with_name("compile_kernels.py")))
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+
+
+NEW_VARIANT = """
+from unittest import mock
+from compile_kernels import compile_variant, unknown
+from launches import PURE, Call, losses, recorded
+from logitless.backends.triton import launch
+
+hopper, bf16 = (9, 0), PURE[0]
+known, _ = recorded(hopper, losses(bf16, strategies=("stored",)))
+assert known and not unknown(recorded(hopper, [Call(bf16, "stored", sizes=(7, 24, 515), softcap=True)])[0], known)
+with mock.patch.object(launch, "input_precision", return_value="tf32"):
+    new = unknown(recorded(hopper, [Call(bf16, "stored")])[0], known)
+assert [variant.kernel for variant in new] == ["scan_kernel"], new
+assert compile_variant(hopper, known[0], machine_code=False) is None
+assert "bitcast" in compile_variant(hopper, new[0], machine_code=False)
+"""
+
+
+def test_a_variant_that_is_not_compiled_is_found():
+    """One that a change begins to ask for, here TF32 of 16-bit operands, which the compiler refuses."""
+    run = offline("-c", NEW_VARIANT)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
