@@ -5,7 +5,8 @@ Without a GPU that is the CPU, where Triton's interpreter runs them in tiles of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,49 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 STATISTICS = frozenset({"mean_gap", "smooth_logit", "prediction", "target_rank"})
 LOG2 = 0.6931471805599453
+
+
+def _set_matmul(precision: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def _set_everywhere(precision: str) -> None:
+    torch.backends.fp32_precision = precision  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+# What scripts set, by each of PyTorch's interfaces, and whether products of fp32 operands may take them as TF32 then.
+FP32_PRECISIONS: dict[str, tuple[Callable[[], None], bool]] = {
+    "untouched": (lambda: None, False),
+    "highest": (lambda: torch.set_float32_matmul_precision("highest"), False),
+    "high": (lambda: torch.set_float32_matmul_precision("high"), True),
+    "medium": (lambda: torch.set_float32_matmul_precision("medium"), True),
+    "allow_tf32": (lambda: _allow_tf32(True), True),
+    "allow_tf32 = False": (lambda: _allow_tf32(False), False),
+    "matmul tf32": (lambda: _set_matmul("tf32"), True),
+    "matmul ieee": (lambda: _set_matmul("ieee"), False),
+    "matmul none": (lambda: _set_matmul("none"), False),
+    "everywhere tf32": (lambda: _set_everywhere("tf32"), True),
+    "everywhere ieee": (lambda: _set_everywhere("ieee"), False),
+    "everywhere bf16": (lambda: _set_everywhere("bf16"), False),  # which CUDA devices do not know
+    "everywhere tf32, matmul ieee": (lambda: (_set_everywhere("tf32"), _set_matmul("ieee")), False),
+    "high, matmul ieee": (lambda: (torch.set_float32_matmul_precision("high"), _set_matmul("ieee")), False),
+}
+
+
+@contextlib.contextmanager
+def fp32_precision(setting: str) -> Iterator[None]:
+    """Within, one of the settings above."""
+    FP32_PRECISIONS[setting][0]()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")  # first, since it sets the others
+        _set_matmul("none")
+        _set_everywhere("none")
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +23,13 @@ import logitless
 from kernels import (
     DEVICE,
     DTYPES,
+    FP32_PRECISIONS,
     STATISTICS,
     Head,
     check,
     counting,
     exact_statistics,
+    fp32_precision,
     gathered,
     logits,
     logits_gradient,
@@ -41,7 +41,7 @@ from logitless.backends import triton as backend
 from logitless.backends.contract import AffineCoefficients, Coefficients, Gradients, Problem, Schedule, Statistics
 from logitless.backends.triton import rowwise
 from logitless.backends.triton.dense import new_statistics, padded
-from logitless.backends.triton.launch import COMBINED_BLOCKS, Launcher, Tables, product_precision
+from logitless.backends.triton.launch import COMBINED_BLOCKS, Launcher, Tables, input_precision
 from logitless.backends.triton.primitives import nearest_tf32, tanh
 from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows, scatter_rows
 from logitless.backends.triton.rowwise import gradient_in_place, scale_rows
@@ -916,80 +916,28 @@ def test_nothing_is_formed_ahead_in_fp16(workspace):
     assert logitless.plan(**sizes, dtype="float32", workspace="8GiB").schedule.prepared
 
 
-@contextlib.contextmanager
-def precision_of_fp32_products(precision: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+@pytest.mark.parametrize("setting", FP32_PRECISIONS)
+def test_operands_are_rounded_to_the_nearest_tf32_where_pytorch_does_so(setting):
+    """By either interface: PyTorch refuses to say ``allow_tf32`` after ``fp32_precision`` was set."""
+    problem = HEADS[0].problem(17, 24, 300)
+    operands = torch.cat([problem.hidden, problem.weight]).double()
+    step = 2.0 ** (torch.frexp(operands).exponent - 11)
+    rounded = ((operands / step).round() * step).float()
+    nearest = replace(problem, hidden=rounded[:17], weight=rounded[17:])
+    exact, approximate = (scanned(which)[2].log_sum for which in (problem, nearest))
+    assert not torch.equal(exact, approximate)
+    with fp32_precision(setting):
+        given = scanned(problem)[2].log_sum
+    assert torch.equal(given, approximate if FP32_PRECISIONS[setting][1] else exact)
 
 
-@pytest.fixture
-def untouched_precision() -> Iterator[None]:
-    """Puts back what a test does to the setting by any interface."""
-    matmul, everything = torch.backends.cuda.matmul, torch.backends
-    before = matmul.fp32_precision, everything.fp32_precision
-    yield
-    torch.set_float32_matmul_precision("highest")
-    everything.fp32_precision, matmul.fp32_precision = before[1], before[0]
-
-
-INTERFACES = {
-    "default": ("ieee", lambda: None),
-    "high": ("tf32", lambda: torch.set_float32_matmul_precision("high")),
-    "medium": ("tf32", lambda: torch.set_float32_matmul_precision("medium")),
-    "highest": ("ieee", lambda: torch.set_float32_matmul_precision("highest")),
-    "allow_tf32": ("tf32", lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True)),
-    "of products": ("tf32", lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")),
-    "of products, ieee": ("ieee", lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")),
-    "of everything": ("tf32", lambda: setattr(torch.backends, "fp32_precision", "tf32")),
-}
-
-
-@pytest.mark.parametrize("interface", INTERFACES)
-def test_precision_set_by_either_interface(interface, untouched_precision):
-    """It is that of products of fp32; PyTorch refuses to say ``allow_tf32`` after ``fp32_precision`` was set."""
-    expected, set_precision = INTERFACES[interface]
-    set_precision()
-    assert product_precision(torch.float32) == expected
-    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
-        assert product_precision(dtype) == "ieee"
-
-
-CALLS = {
-    "mean": {},
-    "none": {"reduction": "none"},
-    "sampled": {"gradient": logitless.Sampled(1 / 2)},
-    "fp8": {"gradient": logitless.Sampled(1 / 2, scan="fp8")},
-}
-
-
-@pytest.mark.parametrize("call", [*CALLS, "statistics"])
-@pytest.mark.parametrize("interface", ["high", "medium", "allow_tf32", "of products", "of everything"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_operands_of_16_bits_are_multiplied_as_ever(dtype, interface, call, untouched_precision):
-    """What says how fp32 is multiplied says nothing about other operands; calls in fp32 run too."""
-    problem = Head("plain", dtype).problem(17, 24, 300)
-    leaves = [problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()]
-
-    def results() -> list[Tensor]:
-        torch.manual_seed(0)
-        if call == "statistics":
-            found = logitless.token_statistics(*leaves, problem.target, outputs=("nll", "entropy"), backend="triton")
-            outputs = [found.nll, found.entropy]
-        else:
-            outputs = [logitless.linear_cross_entropy(*leaves, problem.target, backend="triton", **CALLS[call])]
-        return [*outputs, *torch.autograd.grad(sum(output.sum() for output in outputs), leaves)]
-
-    before = results()
-    INTERFACES[interface][1]()
-    for value, expected in zip(results(), before, strict=True):
-        assert value.isfinite().all()
-        if dtype != torch.float32:
-            assert torch.equal(value, expected)
+@pytest.mark.parametrize("setting", FP32_PRECISIONS)
+def test_precision_of_fp32_products_is_pytorchs(setting):
+    """Which its own products follow: it is read from where they read it."""
+    with fp32_precision(setting):
+        assert (input_precision(torch.float32) == "tf32") == FP32_PRECISIONS[setting][1]
+        for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+            assert input_precision(dtype) == "ieee"
 
 
 @triton.jit
@@ -1011,28 +959,57 @@ def test_nearest_tf32():
     assert result[8:].isnan().all()
 
 
-def test_operands_are_rounded_to_the_nearest_tf32():
-    problem = HEADS[0].problem(17, 24, 300)
-    operands = torch.cat([problem.hidden, problem.weight]).double()
-    step = 2.0 ** (torch.frexp(operands).exponent - 11)
-    rounded = ((operands / step).round() * step).float()
-    nearest = replace(problem, hidden=rounded[:17], weight=rounded[17:])
-    with precision_of_fp32_products("tf32"):
-        given, expected = (scanned(which)[2].log_sum for which in (problem, nearest))
-    assert torch.equal(given, expected)
-    with precision_of_fp32_products("ieee"):
-        assert not torch.equal(scanned(problem)[2].log_sum, given)
+@each_schedule
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_fp32_precision_does_not_reach_16_bits(schedule, dtype):
+    """The bits of every kernel are those without the setting: to round a bf16 operand to TF32 does not even compile."""
+    head = Head("busy", dtype, bias=True, scale=0.75, softcap=5.0, vector=True, counted="some")
+    problem = head.problem(TOKENS, HIDDEN, VOCABULARY, schedule_statistics(schedule))
+    coefficients = schedule_coefficients(schedule)
+    expected, given = {}, {}
+    for results, setting in ((expected, "highest"), (given, "high")):
+        with fp32_precision(setting):
+            statistics, gradients = evaluated(problem, schedule, coefficients)
+        results.update({**vars(statistics), **vars(gradients)})
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, given[name]), name
 
 
 # --- compilation ------------------------------------------------------------------------------------------------------
 
 
-def test_every_kernel_compiles_for_a_gpu():
-    """The interpreter runs what the compiler refuses: branches of two types, methods of integers that are constants.
-
-    Every kernel, with its flags on and off, and with each integer argument equal to 1, which makes it a constant.
-    """
+def offline(*arguments: str) -> subprocess.CompletedProcess:
+    """A run of Python in which Triton compiles, and does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
-    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_variant_that_calls_ask_for_compiles():
+    """The interpreter runs what the compiler refuses: branches of two types, bitcasts, methods of constants."""
+    run = offline(str(Path(__file__).with_name("compile_kernels.py")))
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+
+
+NEW_VARIANT = """
+from unittest import mock
+from compile_kernels import compile_variant, unknown
+from launches import PURE, Call, losses, recorded
+from logitless.backends.triton import launch
+
+hopper, bf16 = (9, 0), PURE[0]
+known, _ = recorded(hopper, losses(bf16, strategies=("stored",)))
+assert known and not unknown(recorded(hopper, [Call(bf16, "stored", sizes=(7, 24, 515), softcap=True)])[0], known)
+with mock.patch.object(launch, "input_precision", return_value="tf32"):
+    new = unknown(recorded(hopper, [Call(bf16, "stored")])[0], known)
+assert [variant.kernel for variant in new] == ["scan_kernel"], new
+assert compile_variant(hopper, known[0], machine_code=False) is None
+assert "bitcast" in compile_variant(hopper, new[0], machine_code=False)
+"""
+
+
+def test_a_variant_that_is_not_compiled_is_found():
+    """One that a change begins to ask for, here TF32 of 16-bit operands, which the compiler refuses."""
+    run = offline("-c", NEW_VARIANT)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]

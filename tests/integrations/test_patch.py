@@ -701,7 +701,9 @@ class Leaves:
 
     def deferred(self) -> DeferredLogits:
         moment = Moment.now(parameters_of([self.head]), Since(Backward()))
-        return DeferredLogits((Term(self.hidden, self.head, self.head.out_features),), self.hidden.dtype, {}, Record(), moment)
+        return DeferredLogits(
+            (Term(self.hidden, self.head, self.head.out_features),), self.hidden.dtype, {}, Record(), moment
+        )
 
     def gradients(self, value: Tensor) -> list[Tensor]:
         """Of a sum whose weights differ."""

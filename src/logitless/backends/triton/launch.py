@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import pad
@@ -89,7 +89,6 @@ class Launcher:
         self._smoothing = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
         self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
         self._head: dict[str, Any] = {"BIAS": problem.bias is not None, "SOFTCAP": problem.head.softcap is not None}
-        self._precision = product_precision(self.dtype)
         self.block = table_block(self.shape, self._index)
 
     def tile(self, kind: tiles.Kind) -> tiles.Tile:
@@ -191,7 +190,7 @@ class Launcher:
             RANK=rank is not None,
             STORE=softmax is not None,
             SCALED=rounded is not None,
-            PRECISION=self._precision if rounded is None else product_precision(rounded[0].values.dtype),
+            PRECISION=input_precision(self.dtype if rounded is None else rounded[0].values.dtype),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -341,7 +340,7 @@ class Launcher:
             GROUP=tile.group,
             **self._head,
             **self._coefficient_flags(coefficients),
-            PRECISION=self._precision,
+            PRECISION=input_precision(self.dtype),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -411,17 +410,13 @@ CLEARED_ROWS = 32
 TARGET_ROWS = 128
 
 
-def product_precision(dtype: torch.dtype) -> str:
-    """How products take operands of that dtype: fp32 ones as the library's do, narrower ones as they are.
+def input_precision(dtype: torch.dtype) -> Literal["ieee", "tf32"]:
+    """How kernels multiply operands of a dtype: as they are, or, of fp32 alone, rounded to TF32 where PyTorch does so.
 
-    Asked so that either of PyTorch's two interfaces to the setting is heard.
+    ``fp32_precision`` knows what was set by each of PyTorch's interfaces, ``set_float32_matmul_precision``,
+    ``allow_tf32`` and itself; the first two refuse to be read once the third was set. "medium" is TF32 on CUDA devices.
     """
-    if dtype != torch.float32:
-        return "ieee"
-    precision = torch.backends.cuda.matmul.fp32_precision
-    if precision == "none":
-        precision = torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return "tf32" if precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def readable(matrix: torch.Tensor) -> torch.Tensor:

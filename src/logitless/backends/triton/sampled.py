@@ -18,7 +18,7 @@ from logitless.backends.contract import Coefficients, Gradients, Problem, Schedu
 from logitless.backends.triton import tiles
 from logitless.backends.triton.correction import correct_kernel, kept_gradient_kernel, pair_sums_kernel, row_dots_kernel
 from logitless.backends.triton.dense import Scratch, new_statistics, scan_rows, slices, write_ranks
-from logitless.backends.triton.launch import Launcher, described, or_other, product_precision, readable
+from logitless.backends.triton.launch import Launcher, described, input_precision, or_other, readable
 from logitless.backends.triton.pairs import (
     list_tiles_kernel,
     pair_gradient_kernel,
@@ -113,7 +113,7 @@ class _Grouped:
         )
         self._processors = tiles.processors(index)
         self._blocks = block_count(self._shape.vocabulary)
-        self._precision = product_precision(dtype)
+        self._precision = input_precision(dtype)
         count = most_tiles(self._shape, self._pairs.shape[0], self._tile.rows)
         self._tile_starts = torch.empty_like(self._starts)
         self._tile_blocks = self._empty(count, dtype=torch.int32)
