@@ -941,7 +941,7 @@ def test_logits_asked_for_after_evaluation(mode):
 
 
 DERIVED: dict[str, Callable[[Any], Tensor]] = {
-    "themselves": lambda logits: logits.detach(),
+    "themselves": lambda logits: logits.detach() + 0,
     "rows": lambda logits: logits[:, :-1].detach(),
     "scaled": lambda logits: (logits / 2).softmax(-1),
     "cast": lambda logits: logits.double().detach(),
