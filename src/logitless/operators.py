@@ -142,6 +142,7 @@ def evaluate(
         elif schedule.strategy == "chunked":
             assert ahead is not None
             statistics, prepared = backend.forward_with_gradients(problem, schedule, ahead)
+            prepared = prepared if backend.READS_MATRIX else _of_valid_rows(problem, prepared)
         else:
             statistics = backend.forward(problem, schedule, ahead)
         whole = statistics
@@ -221,7 +222,15 @@ def differentiate(
             return _no_gradients(problem)
         if call.shard is not None:
             coefficients = replace(coefficients, c=call.shard.of_own_targets(coefficients.c))
-        return backend.backward(problem, call.plan.schedule, statistics, coefficients)
+        gradients = backend.backward(problem, call.plan.schedule, statistics, coefficients)
+        return gradients if backend.READS_MATRIX else _of_valid_rows(problem, gradients)
+
+
+def _of_valid_rows(problem: Problem, gradients: Gradients) -> Gradients:
+    """The same, 0 for hidden states of rows that do not count: 0 times a weight that is not finite would be NaN."""
+    if problem.counted is not None and gradients.hidden is not None:
+        gradients.hidden.masked_fill_(~problem.counted[:, None], 0)
+    return gradients
 
 
 def _no_gradients(problem: Problem) -> Gradients:
