@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from logitless.bench.trained import grow, load_trained_head, widen
+from logitless.demo.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int,
     """Fresh inputs of a case.
 
     Raises:
-        ValueError: the case needs a trained head and none was given, or it is too narrow or has too few rows.
+        InputError: the case needs a trained head and none was given, or it is too narrow or has too few rows.
     """
     if case.on_device:
         inputs = Inputs(
@@ -92,7 +93,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int,
         target = torch.randint(0, case.vocabulary, (case.tokens,), generator=generator, device="cpu")
     else:
         if trained_head is None:
-            raise ValueError(f"case {case.name!r} needs the file of a trained head; give it with --trained-head FILE")
+            raise InputError(f"case {case.name!r} needs the file of a trained head: give it with --trained-head FILE")
         head = load_trained_head(trained_head)
         rows = torch.arange(case.tokens, device="cpu") % head.hidden.shape[0]
         hidden, weight = widen(head.hidden[rows].to(device), head.weight.to(device), case.hidden)
