@@ -41,6 +41,17 @@ class Term:
     factor: float = 1.0
 
 
+def weight_shape(head: nn.Linear) -> tuple[int, int]:
+    """[V, D] of a head's weight, which attributes of the layer need not agree with.
+
+    These are right where the weight is sharded: empty under ZeRO, which keeps its shape in ``ds_shape``, flat in FSDP1.
+    """
+    weight = head.weight
+    given = weight.shape if weight.ndim == 2 else (head.out_features, head.in_features)
+    rows, columns = getattr(weight, "ds_shape", given)
+    return rows, columns
+
+
 @dataclass
 class Record:
     """What became of the deferred logits of a call of a model.
@@ -86,7 +97,7 @@ class DeferredLogits:
     def shape(self) -> torch.Size:
         """[..., V]."""
         first = self._terms[0]
-        return torch.Size((*first.hidden.shape[:-1], first.head.out_features))
+        return torch.Size((*first.hidden.shape[:-1], weight_shape(first.head)[0]))
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +113,16 @@ class DeferredLogits:
     def bound(self) -> float | None:
         """The softcap, or None."""
         return self._bound
+
+    @property
+    def moment(self) -> Moment:
+        """When they were deferred."""
+        return self._moment
+
+    @property
+    def shared(self) -> bool:
+        """Whether rows were taken from these, or these from others."""
+        return self._shared
 
     def dim(self) -> int:
         """Number of dimensions."""
@@ -372,7 +393,7 @@ class DeferredLogits:
         """Torch functions of these: those that models use before the loss, and the loss; else of the real logits."""
         kwargs = kwargs or {}
         if func is F.cross_entropy:
-            return _cross_entropy(*args, **kwargs)
+            return cross_entropy(*args, **kwargs)
         if func is torch.tanh and isinstance(args[0], DeferredLogits):
             return args[0].tanh()
         name = getattr(func, "__name__", str(func))
@@ -395,18 +416,6 @@ for _name in (
 ):
     setattr(DeferredLogits, _name, _forwarded(_name))
 DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
-
-
-class EvaluatedLogits(DeferredLogits):
-    """Those of a forward pass without gradients.
-
-    They say that they are a tensor, as code that gathers predictions over batches and processes asks for.
-    """
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        """What ``isinstance`` is told."""
-        return Tensor
 
 
 def _scale(terms: tuple[Term, ...], bound: float | None) -> float:
@@ -438,7 +447,7 @@ def real(value: Any, reason: str = "an operand") -> Any:
     return value
 
 
-def _cross_entropy(
+def cross_entropy(
     input: Any,
     target: Any,
     weight: Tensor | None = None,

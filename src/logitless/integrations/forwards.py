@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logitless.integrations.deferred import DeferredLogits, EvaluatedLogits, Record, Term, real
+from logitless.integrations.deferred import DeferredLogits, Record, Term, real
+from logitless.integrations.evaluated import EvaluatedLogits
 from logitless.integrations.moment import Backward, Moment, Parameters, Since, parameters_of
+from logitless.integrations.trl import STATE as TRL
 
 STATE = "_logitless"
 # What `torch.nn.DataParallel` calls to copy a module.
@@ -41,7 +43,8 @@ class State:
         forward: the model's own.
         heads: the linear layers, by name.
         number: of the patch, which tells it from others of the same model.
-        warned: whether it was said that logits are formed after all.
+        warned: whether it was said that logits are formed after all, or that the patch is not used.
+        called: whether the model was called with labels.
         backward: passes through the heads.
         trial: while the patch is tried, else None.
     """
@@ -51,12 +54,15 @@ class State:
     heads: dict[str, nn.Linear]
     number: int = field(default_factory=itertools.count().__next__)
     warned: bool = False
+    called: bool = False
     backward: Backward = field(default_factory=Backward)
     trial: Trial | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """Of a copied model."""
-        return State(self.options, copy.deepcopy(self.forward, memo), copy.deepcopy(self.heads, memo), self.number)
+        copied = memo[id(self)] = State(self.options, None, {}, self.number)  # modules on the way have it too
+        copied.forward, copied.heads = copy.deepcopy(self.forward, memo), copy.deepcopy(self.heads, memo)
+        return copied
 
     def __reduce__(self) -> Any:
         """Refuses.
@@ -124,8 +130,14 @@ def install(model: nn.Module, state: State) -> None:
         here: State | None = self.__dict__.get(STATE)
         if here is None or here.number != number:  # no longer patched, or anew around what was put around this
             return own(self, *args, **kwargs) if bound else own(*args, **kwargs)
-        if not _has_labels(here.forward, args, kwargs):
+        if kwargs.get("fused_lm_head"):  # TRL's, beneath this
+            _warn_of_body(here)
             return here.forward(*args, **kwargs)
+        if not _has_labels(here.forward, args, kwargs):
+            _warn_of_missing_labels(here, self)
+            return here.forward(*args, **kwargs)
+        if here.trial is None and not torch.compiler.is_compiling():
+            here.called = True
         outer, record = _thread.call, Record() if here.trial is None else here.trial.record
         _thread.call = call = _Call(here, parameters_of(here.heads.values()), record, Since(here.backward))
         try:
@@ -149,11 +161,20 @@ def install(model: nn.Module, state: State) -> None:
         module.__dict__[STATE] = state
         module.__dict__["forward"] = MethodType(replaced, module)
     model.__dict__[REPLICATE] = _refuse_replicas
+    body = _body(model)
+    if body is not None:
+        body.__dict__[STATE] = state
+        body.register_forward_pre_hook(_before_body)
 
 
 def uninstall(model: nn.Module, state: State) -> None:
     """Undo ``install``, but for what somebody else has put around it since."""
     del model.__dict__[REPLICATE]
+    body = _body(model)
+    if body is not None and body.__dict__.pop(STATE, None) is not None:
+        for number, hook in list(body._forward_pre_hooks.items()):
+            if hook is _before_body:
+                del body._forward_pre_hooks[number]
     for module in (model, *state.heads.values()):
         del module.__dict__[STATE]
         if hasattr(getattr(module.forward, "__func__", None), MARK):
@@ -177,6 +198,52 @@ def _warn_of_logits(call: _Call) -> None:
         f"a patched model formed its logits in a call with labels: {why}. The loss is right, memory is not saved",
         stacklevel=5,  # above our forward and the two of torch.nn.Module
     )
+
+
+def _warn_of_missing_labels(state: State, model: nn.Module) -> None:
+    """Say once that a model is trained from its logits."""
+    if _is_unused_in_training(state, model):
+        state.warned = True
+        warnings.warn(
+            "a patched model was called in training without labels: it forms its logits, and the patch is not used. "
+            "transformers.Trainer takes the labels away for label_smoothing_factor: set that to 0 and call "
+            "logitless.patch(model, label_smoothing=...) instead. For compute_loss_func, and any other loss that is "
+            "made of logits, there is no use in the patch",
+            stacklevel=5,
+        )
+
+
+def _before_body(body: nn.Module, inputs: Any) -> None:
+    state: State | None = body.__dict__.get(STATE)
+    if state is not None and _is_unused_in_training(state, body):
+        _warn_of_body(state)
+
+
+def _warn_of_body(state: State) -> None:
+    """Say once that a model is trained past its ``forward``, unless TRL's head is ours."""
+    model = getattr(state.forward, "__self__", None)
+    if not state.warned and TRL not in getattr(model, "__dict__", {}):
+        state.warned = True
+        warnings.warn(
+            "a patched model was called in training past its forward, for its hidden states alone, as trainers of TRL "
+            "do that take log-probabilities from the head's weight themselves: the patch is not used. Call "
+            "logitless.integrations.trl.adapt(trainer) before trainer.train(); it serves those of SFT, DPO, GRPO, KTO "
+            "and RLOO, and the model need not be patched for it",
+            stacklevel=4,
+        )
+
+
+def _is_unused_in_training(state: State, module: nn.Module) -> bool:
+    """Whether this pass trains, and none with labels came before it."""
+    if torch.compiler.is_compiling() or state.trial is not None or state.called or state.warned:
+        return False
+    return module.training and torch.is_grad_enabled()
+
+
+def _body(model: nn.Module) -> nn.Module | None:
+    """What gives a model of `transformers` its hidden states, where it is a module of its own."""
+    body = getattr(model, "base_model", None)
+    return body if isinstance(body, nn.Module) and body is not model else None
 
 
 def _refuse_replicas() -> None:
@@ -223,9 +290,9 @@ def _head_forward(self: nn.Linear, input: Any, work: Callable[[], Tensor] | None
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
     evaluating = trial is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    logits = EvaluatedLogits if evaluating else DeferredLogits
     moment = Moment.now(call.before + parameters_of([self]), call.since)
-    return logits((Term(input, self),), dtype, call.state.options, call.record, moment)
+    logits = DeferredLogits((Term(input, self),), dtype, call.state.options, call.record, moment)
+    return EvaluatedLogits.of(logits) if evaluating else logits
 
 
 setattr(_head_forward, MARK, True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logitless.integrations.deferred import weight_shape
 from logitless.integrations.forwards import State, Trial
 from logitless.integrations.moment import parameters_of
 
@@ -131,14 +132,15 @@ def _example(model: nn.Module, state: State) -> dict[str, Any]:
     """Random tokens, none of them special, and labels of which some are ignored."""
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = min([text.vocab_size, *(head.out_features for head in state.heads.values())])
+    vocabulary = min([text.vocab_size, *(weight_shape(head)[0] for head in state.heads.values())])
     special = {
         v for c in (config, text) for k, v in vars(c).items() if k.endswith(("_id", "_index")) and isinstance(v, int)
     }
     usual = [token for token in range(vocabulary) if token not in special] or [0]
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    drawn = torch.randint(len(usual), TRIED, generator=torch.Generator().manual_seed(0))
-    tokens = torch.tensor(usual)[drawn].to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randint(len(usual), TRIED, generator=generator, device="cpu")
+    tokens = torch.tensor(usual, device="cpu")[drawn].to(device)
     labels = tokens.clone()
     labels[:, :IGNORED] = -100
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
