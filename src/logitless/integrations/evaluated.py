@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo  # as torch.compiler.disable, which imports the compiler at once
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from logitless.integrations.deferred import DeferredLogits, cross_entropy
@@ -105,6 +106,7 @@ class EvaluatedLogits(Tensor):
         return _new(_State(_as_followed(deferred)), torch.Size(deferred.shape))
 
     @classmethod
+    @_disable_dynamo
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Functions of PyTorch: what reads nothing, what models do before the loss, the loss; else of the values."""
         kwargs = kwargs or {}
@@ -123,6 +125,7 @@ class EvaluatedLogits(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
+    @_disable_dynamo
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Operators that no function of PyTorch in Python has led to, of the values."""
         given: dict[int, Tensor] = {}
