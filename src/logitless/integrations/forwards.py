@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from logitless.integrations.deferred import DeferredLogits, Record, Term, real
 from logitless.integrations.evaluated import EvaluatedLogits
 from logitless.integrations.moment import Backward, Moment, Parameters, Since, parameters_of
+from logitless.integrations.trl import PATCHED as MARK
 from logitless.integrations.trl import STATE as TRL
 
 STATE = "_logitless"
 # What `torch.nn.DataParallel` calls to copy a module.
 REPLICATE = "_replicate_for_data_parallel"
-# Of the functions that are put in the place of a module's own `forward`.
-MARK = "_of_logitless"
 
 
 @dataclass
@@ -156,7 +155,7 @@ def install(model: nn.Module, state: State) -> None:
     signature = inspect.signature(own)
     vars(forward).pop("__wrapped__")
     forward.__signature__ = signature if bound else _with_self(signature)
-    setattr(forward, MARK, True)
+    setattr(forward, MARK, own)
     for module, replaced in ((model, forward), *((head, _head_forward) for head in state.heads.values())):
         module.__dict__[STATE] = state
         module.__dict__["forward"] = MethodType(replaced, module)
