@@ -95,6 +95,37 @@ class _State:
         return self.tensor is not None or (self.parent is not None and _is_computed(self.parent))
 
 
+@_disable_dynamo
+def _function(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """Functions of PyTorch: what reads nothing, what models do before the loss, the loss; else of the values."""
+    kwargs = kwargs or {}
+    if func in METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    reason = getattr(func, "__name__", str(func))
+    try:
+        return _follow(func, args, kwargs)
+    except _NotFollowedError as needed:
+        reason = str(needed) or reason
+    held = [each for each in _all_in((args, kwargs)) if not _put_in_place(each, reason)]
+    if held and func in OF_PLAIN:
+        args, kwargs = tree_map_only(EvaluatedLogits, partial(_values, reason=reason), (args, kwargs))
+    with torch._C.DisableTorchFunctionSubclass() if held else nullcontext():
+        return func(*args, **kwargs)
+
+
+class _Functions:
+    """What PyTorch finds as ``__torch_function__``: the function above.
+
+    None while ``torch.jit.trace`` records, which notes lines of Python and must see the same ones with other tensors.
+    """
+
+    def __get__(self, logits: Any, kind: Any) -> Any:
+        if logits is not None and torch._C._get_tracing_state() is not None and _put_in_place(logits, "trace") is False:
+            return torch._C._disabled_torch_function_impl
+        return _function
+
+
 class EvaluatedLogits(Tensor):
     """[..., V] logits, not computed; see the module."""
 
@@ -105,24 +136,7 @@ class EvaluatedLogits(Tensor):
         """What ``deferred`` would be, in memory of its own."""
         return _new(_State(_as_followed(deferred)), torch.Size(deferred.shape))
 
-    @classmethod
-    @_disable_dynamo
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Functions of PyTorch: what reads nothing, what models do before the loss, the loss; else of the values."""
-        kwargs = kwargs or {}
-        if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        reason = getattr(func, "__name__", str(func))
-        try:
-            return _follow(func, args, kwargs)
-        except _NotFollowedError as needed:
-            reason = str(needed) or reason
-        held = [each for each in _all_in((args, kwargs)) if not _put_in_place(each, reason)]
-        if held and func in OF_PLAIN:
-            args, kwargs = tree_map_only(EvaluatedLogits, partial(_values, reason=reason), (args, kwargs))
-        with torch._C.DisableTorchFunctionSubclass() if held else nullcontext():
-            return func(*args, **kwargs)
+    __torch_function__: Any = _Functions()  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
 
     @classmethod
     @_disable_dynamo
@@ -173,7 +187,7 @@ def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     inference = torch.is_inference_mode_enabled()
     others = (each._logitless.deferred.moment.inference != inference for each in _all_in((args, kwargs)))
-    if torch._C._get_tracing_state() is not None or any(others):
+    if any(others):
         raise _NotFollowedError
     logits = args[0] if args else None
     if func is F.cross_entropy:
