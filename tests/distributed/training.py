@@ -11,6 +11,7 @@ from rich.console import Console
 from logitless.demo.config import ModelConfig, TrainConfig
 from logitless.demo.data import Tokenizer
 from logitless.demo.errors import InputError
+from logitless.demo.parallel import end_process
 from logitless.demo.runs import Division, run_training
 
 TINY = replace(
@@ -37,7 +38,9 @@ def main(text: str, folder: str, task: str, data: str, tensor: str, head: str, d
     given = {"text": text, "head": head} if task == "new" else {}
     try:
         resume = task == "resume"
-        return run_training(given, Path(folder), resume, base, Console(width=120), bytes_tokenizer, division)
+        status = run_training(given, Path(folder), resume, base, Console(width=120), bytes_tokenizer, division)
+        end_process(status)
+        return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -136,6 +136,13 @@ def copies_and_views_of_what_is_scaled_in_place(x: Tensor) -> Any:
     return [x, rows, same, cast, scaled, picked, copied]
 
 
+def detached(x: Tensor) -> Any:
+    other = x.detach()
+    x *= 2
+    other[0] = 1.0
+    return [x, other, other.data_ptr() == x.data_ptr()]
+
+
 def scaled_in_place_first(x: Tensor) -> Any:
     x *= 2
     x /= 4
@@ -276,6 +283,7 @@ WAYS: dict[str, Way] = {
     "written through a view": written_through_a_view,
     "written through a view that was read": written_through_a_view_that_was_read,
     "copies and views of what is scaled in place": copies_and_views_of_what_is_scaled_in_place,
+    "detached": detached,
     "scaled in place first": scaled_in_place_first,
     "written through NumPy": written_through_numpy,
 }
@@ -366,6 +374,7 @@ def test_what_reads_no_value_computes_none():
         assert logits[:, :-1].contiguous().view(-1, VOCABULARY).shape == (22, VOCABULARY)
         assert not logits.requires_grad
         assert logits.float() is logits
+        assert type(logits.detach()[0]) is EvaluatedLogits
         assert torch.as_tensor(logits) is logits
         assert logits.numel() == logits.stride(0) * len(logits)
         for name in ("gemma2", "cohere", "phi", "t5"):

@@ -33,7 +33,7 @@ def load_trained_head(path: Path) -> TrainedHead:
     """
     if not path.is_file():
         raise ValueError(f"trained head: no file {path}")
-    content = torch.load(path, weights_only=True)
+    content = torch.load(path, map_location="cpu", weights_only=True)
     if (
         not isinstance(content, dict)
         or not {"hidden", "labels"} <= content.keys()
@@ -78,6 +78,7 @@ def widen(
         raise ValueError(f"width must be at least the head's own, {narrow}, got {width}")
     if width == narrow:
         return hidden, weight
-    generator = torch.Generator().manual_seed(0)
-    rotation = torch.linalg.qr(torch.randn(width, narrow, generator=generator)).Q.T.to(hidden.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(width, narrow, generator=generator, dtype=torch.float32, device="cpu")
+    rotation = torch.linalg.qr(drawn).Q.T.to(hidden.device)
     return hidden @ rotation, weight @ rotation

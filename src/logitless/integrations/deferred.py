@@ -33,23 +33,14 @@ class Term:
     Attributes:
         hidden: [..., D].
         head: a linear layer, weight [V, D] and perhaps a bias [V].
+        vocabulary: V, of the weight when the logits were deferred; it may be sharded since.
         factor: of the product and of the bias.
     """
 
     hidden: Tensor
     head: nn.Linear
+    vocabulary: int
     factor: float = 1.0
-
-
-def weight_shape(head: nn.Linear) -> tuple[int, int]:
-    """[V, D] of a head's weight, which attributes of the layer need not agree with.
-
-    These are right where the weight is sharded: empty under ZeRO, which keeps its shape in ``ds_shape``, flat in FSDP1.
-    """
-    weight = head.weight
-    given = weight.shape if weight.ndim == 2 else (head.out_features, head.in_features)
-    rows, columns = getattr(weight, "ds_shape", given)
-    return rows, columns
 
 
 @dataclass
@@ -97,7 +88,7 @@ class DeferredLogits:
     def shape(self) -> torch.Size:
         """[..., V]."""
         first = self._terms[0]
-        return torch.Size((*first.hidden.shape[:-1], weight_shape(first.head)[0]))
+        return torch.Size((*first.hidden.shape[:-1], first.vocabulary))
 
     @property
     def device(self) -> torch.device:
@@ -311,6 +302,10 @@ class DeferredLogits:
         self._moment.check(self._heads())
         return _within(self._terms, checked)
 
+    def check(self) -> None:
+        """Raise unless they can still be computed."""
+        self._moment.check(self._heads())
+
     def _heads(self) -> Iterator[nn.Linear]:
         return (term.head for term in self._terms)
 
@@ -416,6 +411,17 @@ for _name in (
 ):
     setattr(DeferredLogits, _name, _forwarded(_name))
 DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def weight_size(head: nn.Linear) -> tuple[int, int]:
+    """[V, D] of a head's weight.
+
+    A weight that was replaced, by hand or to tie it to another, need not have the numbers of features that the layer
+    was made with. Of one that is flattened or emptied while it is sharded those are all that is known, but for
+    DeepSpeed's.
+    """
+    shape = getattr(head.weight, "ds_shape", head.weight.shape)
+    return (shape[0], shape[1]) if len(shape) == 2 else (head.out_features, head.in_features)
 
 
 def _scale(terms: tuple[Term, ...], bound: float | None) -> float:

@@ -51,12 +51,12 @@ VIEWS = {
     **{Tensor.view: "view", Tensor.reshape: "reshape", Tensor.flatten: "flatten", Tensor.__getitem__: "__getitem__"},
     **{torch.reshape: "reshape", torch.flatten: "flatten"},
 }
+WRITES = {Tensor.mul_: "__imul__", Tensor.div_: "__itruediv__", Tensor.add_: "__iadd__"}
 # What PyTorch does of its own tensors alone.
 OF_PLAIN = {
     *(Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.apply_, Tensor.map_, Tensor.__repr__, Tensor.__format__),
     *(Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__dlpack__),
 }
-WRITES = {Tensor.mul_: "__imul__", Tensor.div_: "__itruediv__", Tensor.add_: "__iadd__"}
 
 
 class _NotFollowedError(Exception):
@@ -204,7 +204,10 @@ def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         copied = func is Tensor.contiguous and not logits.is_contiguous()
         return logits if result is state.deferred and not copied else EvaluatedLogits.of(result)
     if func in VIEWS:
-        return _viewed(logits, func, args[1:], kwargs)
+        return _viewed(logits, _result(state.deferred, VIEWS[func], args, kwargs), func, args[1:], kwargs)
+    if func is Tensor.detach:
+        state.deferred.check()
+        return _viewed(logits, _result(state.deferred, "view", (logits, logits.shape), {}), func, (), {})
     raise _NotFollowedError
 
 
@@ -220,9 +223,10 @@ def _result(deferred: _Followed, method: str, args: tuple[Any, ...], kwargs: dic
     return result
 
 
-def _viewed(logits: EvaluatedLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> EvaluatedLogits:
-    """Another shape of the same rows, or some of them."""
-    result = _result(logits._logitless.deferred, VIEWS[func], (logits, *args), kwargs)
+def _viewed(
+    logits: EvaluatedLogits, result: _Followed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> EvaluatedLogits:
+    """The result, in the memory of the logits where the function gives a view of it."""
     if any(isinstance(part, Tensor) for part in (args[0] if args and isinstance(args[0], tuple) else args)):
         return EvaluatedLogits.of(result)  # rows by tensors are copies
     with torch._C._DisableTorchDispatch():
@@ -262,6 +266,8 @@ def _put_in_place(logits: EvaluatedLogits, reason: str) -> bool:
     state: _State | None = vars(logits).get(STATE)
     if state is None:
         return True
+    if isinstance(state.parent, EvaluatedLogits):
+        _put_in_place(state.parent, reason)
     with state.lock, torch._C.DisableTorchFunctionSubclass(), _without_modes():
         if not isinstance(logits, EvaluatedLogits):
             return True

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logitless.integrations.deferred import DeferredLogits, Record, Term, real
+from logitless.integrations.deferred import DeferredLogits, Record, Term, real, weight_size
 from logitless.integrations.evaluated import EvaluatedLogits
 from logitless.integrations.moment import Backward, Moment, Parameters, Since, parameters_of
 from logitless.integrations.trl import PATCHED as MARK
@@ -290,7 +290,7 @@ def _head_forward(self: nn.Linear, input: Any, work: Callable[[], Tensor] | None
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
     evaluating = trial is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     moment = Moment.now(call.before + parameters_of([self]), call.since)
-    logits = DeferredLogits((Term(input, self),), dtype, call.state.options, call.record, moment)
+    logits = DeferredLogits((Term(input, self, weight_size(self)[0]),), dtype, call.state.options, call.record, moment)
     return EvaluatedLogits.of(logits) if evaluating else logits
 
 
