@@ -324,6 +324,111 @@ def test_new_head_computes_its_logits():
         model(**batch())
 
 
+def resized(model: Any, rows: int) -> None:
+    """By hand: the layer's attributes stay."""
+    torch.manual_seed(4)
+    model.lm_head.weight = nn.Parameter(torch.randn(rows, HIDDEN) / 8)
+    model.config.vocab_size = rows
+
+
+@pytest.mark.parametrize("rows", [VOCABULARY - 40, VOCABULARY + 7])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weight_replaced_by_hand(when, rows):
+    """What counts is the shape of the weight."""
+    model, twin, arguments = llama(), llama(), batch()
+    arguments = {name: value.clamp(max=rows - 1) for name, value in arguments.items()}
+    resized(twin, rows)
+    exact, plain = exact_results(twin, arguments), results(twin, arguments)
+    if when == "before":
+        resized(model, rows)
+    report = logitless.patch(model)
+    if when == "before":
+        assert report.heads == (("lm_head", (rows, HIDDEN)),)
+    else:
+        resized(model, rows)
+    with computed() as reasons:
+        check(results(model, arguments), plain, exact)
+        assert model(**arguments).logits.shape == (2, 12, rows)
+    assert reasons == []
+
+
+@pytest.mark.parametrize(
+    ("change", "back"),
+    [
+        (lambda: torch.set_default_device("meta"), lambda: torch.set_default_device(None)),
+        (lambda: torch.set_default_dtype(torch.bfloat16), lambda: torch.set_default_dtype(torch.float32)),
+        (lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)),
+    ],
+    ids=["meta", "bf16", "fp64"],
+)
+def test_another_default_device_or_dtype(change, back):
+    """Tensors say where they are and what they are of: the same numbers, also where the patch is tried."""
+    model, twin, arguments = llama(), llama(), batch()
+    exact, plain = exact_results(twin, arguments), results(twin, arguments)
+    with torch.no_grad():
+        logits = twin(**arguments).logits
+    expected = logitless.patch(twin)
+    with torch.device("cpu"):
+        target = torch.arange(24)
+    change()
+    try:
+        report = logitless.patch(model)
+        ours = results(model, arguments)
+        with torch.no_grad():
+            evaluated = model(**arguments).logits
+            loss = F.cross_entropy(evaluated.flatten(0, 1), target)
+            values = torch.tensor(evaluated[:, 1:], device="cpu")
+    finally:
+        back()
+    check(ours, plain, exact)
+    assert report.loss_error == pytest.approx(expected.loss_error, abs=4 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(values, logits[:, 1:])
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), target))
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["first", "after one with labels"])
+def test_training_without_labels_is_said(earlier):
+    """Once, unless the model is trained with labels too."""
+    model = patched().train()
+    if earlier:
+        model(**batch())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(input_ids=batch()["input_ids"]).logits.sum().backward()
+        with torch.no_grad():
+            model(input_ids=batch()["input_ids"])
+    texts = [str(one.message) for one in said]
+    assert len(texts) == (0 if earlier else 1)
+    assert all("called in training without labels" in text for text in texts)
+    assert all(one.filename == __file__ for one in said)
+
+
+def test_no_word_where_nothing_is_trained():
+    model = patched().eval()
+    with warnings.catch_warnings(action="error"):
+        model(input_ids=batch()["input_ids"])
+        model.model(input_ids=batch()["input_ids"])
+        model.train()
+        with torch.no_grad():
+            model(input_ids=batch()["input_ids"])
+            model.model(input_ids=batch()["input_ids"])
+
+
+def test_training_past_the_forward_is_said():
+    """Once; of a copy of the model too, and no more once it is not patched."""
+    model = patched().train()
+    other = copy.deepcopy(model)
+    logitless.unpatch(model)
+    tokens = batch()["input_ids"]
+    with warnings.catch_warnings(action="error"):
+        model.model(input_ids=tokens)
+    with pytest.warns(UserWarning, match=r"the patch is not used. Call logitless.integrations.trl.adapt\(trainer\)"):
+        other.model(input_ids=tokens)
+    with warnings.catch_warnings(action="error"):
+        other.model(input_ids=tokens)
+
+
 def test_dtype_changed_later():
     model = llama()
     logitless.patch(model)
@@ -387,6 +492,33 @@ class Doubling(nn.Linear):
         return F.linear(input, self.weight * 2)
 
 
+class Int4(Tensor):
+    """A weight as torchao's are: floating-point to those who ask, with products of its own."""
+
+    @staticmethod
+    def __new__(cls, packed: Tensor) -> Int4:
+        shape = (packed.shape[0], 2 * packed.shape[1])
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+def with_weight(weight: Tensor) -> nn.Module:
+    model = llama()
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def with_computed_weight(compute: Callable[[nn.Module], Any]) -> nn.Module:
+    model = llama()
+    compute(model.lm_head)
+    return model
+
+
 class Packed(nn.Module):
     """A head in four bits: bytes instead of a weight."""
 
@@ -436,7 +568,32 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "patched twice": (patched, ValueError, r"patched already, got a LlamaForCausalLM; call logitless.unpatch\(model\)"),
     "no weight": (lambda: with_head(nn.Identity()), ValueError, r"with a weight \[V, D\], got a Identity"),
     "subclass": (lambda: with_head(Doubling(HIDDEN, VOCABULARY, bias=False)), ValueError, "lm_head .* got a Doubling"),
-    "quantised": (lambda: with_head(Packed()), ValueError, r"with a weight \[V, D\], got a Packed"),
+    "quantised": (
+        lambda: with_head(Packed()),
+        ValueError,
+        r"with a weight \[V, D\], got a Packed whose weight is quantised, of torch.uint8: leave the head",
+    ),
+    "in eight bits": (
+        lambda: with_weight(torch.zeros(VOCABULARY, HIDDEN).to(torch.float8_e4m3fn)),
+        ValueError,
+        "got a Linear whose weight is quantised, of torch.float8_e4m3fn: leave the head out of the quantisation",
+    ),
+    "tensor of another kind": (
+        lambda: with_weight(Int4(torch.zeros(VOCABULARY, HIDDEN // 2, dtype=torch.uint8))),
+        ValueError,
+        "got a Linear whose weight is a Int4, a subclass of torch.Tensor with products of its own",
+    ),
+    "flat weight": (lambda: with_weight(torch.zeros(9)), ValueError, r"got a Linear whose weight has shape \(9,\)"),
+    "parametrized": (
+        lambda: with_computed_weight(lambda head: nn.utils.parametrizations.weight_norm(head)),
+        ValueError,
+        "the weight of lm_head must be a parameter, got one that is computed anew at each use .*parametrize",
+    ),
+    "normalised": (
+        lambda: with_computed_weight(lambda head: nn.utils.spectral_norm(head)),
+        ValueError,
+        "the weight of lm_head must be a parameter, got one that is computed anew at each use .*spectral_norm",
+    ),
     "not a number": (with_nan, ValueError, "relative differences of nan"),
     "meta": (on_meta, ValueError, "must give a loss, got .*meta"),
 }

@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 import workers  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from small_models import (  # noqa: E402
+    HIDDEN,
     MODELS,
     VOCABULARY,
     batch,
@@ -85,6 +86,7 @@ def trained(
     *,
     patched: bool,
     metrics: Callable[..., dict[str, float]] | None = None,
+    preprocess: Callable[[Any, Any], Any] | None = None,
     evaluate: bool = False,
     resume: Path | None = None,
     **arguments: Any,
@@ -98,6 +100,7 @@ def trained(
         train_dataset=rows(16),
         eval_dataset=rows(8, seed=2),
         compute_metrics=metrics,
+        preprocess_logits_for_metrics=preprocess,
     )
     with computed() as reasons:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -153,10 +156,11 @@ def test_accumulation_is_one_batch(tmp_path):
 
 
 def test_label_smoothing_of_the_trainer(tmp_path):
-    """The trainer takes the labels away and smooths the model's logits itself: as before, to the bit."""
-    ours, plain = (
-        trained(tmp_path, patched=patched, label_smoothing_factor=0.1, evaluate=True) for patched in (True, False)
-    )
+    """The trainer takes the labels away and smooths the model's logits itself: as before, to the bit, which is said."""
+    options = {"label_smoothing_factor": 0.1, "evaluate": True}
+    plain = trained(tmp_path, patched=False, **options)
+    with pytest.warns(UserWarning, match=r"called in training without labels: .*patch\(model, label_smoothing="):
+        ours = trained(tmp_path, patched=True, **options)
     assert ours.losses == plain.losses
     assert all(torch.equal(ours.parameters[name], plain.parameters[name]) for name in plain.parameters)
     assert ours.metrics["eval_loss"] == plain.metrics["eval_loss"]
@@ -185,6 +189,32 @@ def test_evaluation_with_metrics(tmp_path):
     assert ours.metrics["eval_accuracy"] == plain.metrics["eval_accuracy"]
     assert ours.metrics["eval_shape"] == plain.metrics["eval_shape"] == 8 * 12 * VOCABULARY
     assert ours.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], rel=16 * EPS)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_evaluation_with_metrics_of_predictions(compiled, tmp_path):
+    """As scripts do that cannot keep the logits of a whole evaluation."""
+
+    def accuracy(predicted: Any) -> dict[str, float]:
+        return {"accuracy": float((predicted.predictions[:, :-1] == predicted.label_ids[:, 1:]).mean())}
+
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+    ours, plain = (
+        trained(tmp_path, patched=p, evaluate=True, metrics=accuracy, preprocess=lambda x, _: x.argmax(-1), **options)
+        for p in (True, False)
+    )
+    assert ours.metrics["eval_accuracy"] == plain.metrics["eval_accuracy"]
+    assert ours.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], rel=16 * EPS)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_compiled_evaluation_with_all_logits(mode, tmp_path):
+    model, plain = llama().eval(), llama().eval()
+    logitless.patch(model)
+    with mode():
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch()).logits
+        torch.testing.assert_close(torch.as_tensor(found.detach()), plain(**batch()).logits)
 
 
 def test_prediction(tmp_path):
@@ -391,6 +421,16 @@ def test_lora_on_a_head_with_more(name):
     """A softcap; a bias."""
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
     compare(peft.get_peft_model(MODELS[name](), config).eval(), heads=("lm_head.base_layer", "lm_head.lora_B.default"))
+
+
+@pytest.mark.parametrize("saved", [["lm_head", "embed_tokens"], ["embed_tokens"], ["lm_head"]], ids=str)
+def test_head_and_embedding_saved_and_kept_tied(saved):
+    """PEFT makes a head of the embedding, whose attributes say [D, V]."""
+    if "ensure_weight_tying" not in peft.LoraConfig.__dataclass_fields__:
+        pytest.skip("this PEFT does not keep them tied")
+    model = adapted(True, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=True)
+    compare(model, heads=("lm_head.original_module", "lm_head.modules_to_save.default"))
+    assert model.get_base_model().lm_head.modules_to_save.default.out_features == HIDDEN
 
 
 def test_lora_with_checkpointing():

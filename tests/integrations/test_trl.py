@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -392,6 +393,58 @@ def test_with_a_patched_model(tmp_path, monkeypatch):
     integration.adapt(trainer)
     without_own(monkeypatch)
     assert len(trained(trainer).losses) == 2 * STEPS
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["", "LoRA"])
+@pytest.mark.parametrize("when", ["before the trainer", "after it"])
+@pytest.mark.parametrize("make", [sft, dpo, kto, grpo, rloo], ids=["SFT", "DPO", "KTO", "GRPO", "RLOO"])
+def test_a_patch_that_is_not_used_is_said(make, when, with_lora, tmp_path):
+    """Once in the first step; adapted, there is nothing to say."""
+    for adapted in (False, True):
+        model = model_of(torch.float32, tmp_path / "model")
+        if when == "before the trainer":
+            logitless.patch(model)
+        trainer = make(model, tmp_path, peft_config=lora() if with_lora else None, max_steps=1)
+        if when == "after it":
+            logitless.patch(trainer.model)
+        if adapted:
+            integration.adapt(trainer)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.train()
+        texts = [text for text in (str(one.message) for one in said) if "patched model" in text]
+        assert len(texts) == (0 if adapted else 1)
+        assert all("Call logitless.integrations.trl.adapt(trainer)" in text for text in texts)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("changed", ["meta", torch.bfloat16, torch.float64], ids=str)
+def test_another_default_device_or_dtype(changed, cap, tmp_path):
+    """Of tensors that say where they are: the same numbers, and the check of TRL's function passes."""
+    trainer = sft(model_of(torch.float32, tmp_path / "model"), tmp_path)
+    torch.manual_seed(1)
+    hidden, weight = (torch.randn(rows, 12, device=DEVICE, requires_grad=True) for rows in (9, 31))
+    targets = torch.arange(9, device=DEVICE)
+
+    def computed() -> list[Tensor]:
+        given = (hidden, weight, None, targets, 0.9, 4, cap, 0.7, integration.GIVEN)
+        values = integration._Head(trl_utils._ChunkedLogProbFunction, {}).apply(*given)
+        gradients = torch.autograd.grad(values[0].sum() + values[1].sum(), (hidden, weight))
+        return [*values, *gradients]
+
+    expected = computed()
+    if changed == "meta":
+        torch.set_default_device(changed)
+    else:
+        torch.set_default_dtype(changed)
+    try:
+        integration.adapt(trainer)
+        found = computed()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_sampled_gradient(tmp_path):

@@ -12,9 +12,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from logitless import validation
 from logitless.arguments import check_flag
@@ -22,6 +24,9 @@ from logitless.integrations.deferred import weight_size
 from logitless.integrations.forwards import STATE, State, install, uninstall
 from logitless.integrations.trial import agreement
 from logitless.options import Backend, Sampled
+
+# What a head's weight may be in.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -177,15 +182,24 @@ def _heads(model: nn.Module) -> dict[str, nn.Linear]:
         raise ValueError(f"{name}: it has {len(output)} heads, got a ModuleList from get_output_embeddings(): unknown")
     base = output.get_base_layer() if hasattr(output, "get_base_layer") else output  # type: ignore[operator]
     weight = getattr(base, "weight", None)
-    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))  # DeepSpeed empties weights that it shards
-    if not isinstance(weight, Tensor) or len(shape) != 2 or not weight.is_floating_point():
-        raise ValueError(f"{name}: its head must be a linear layer with a weight [V, D], got a {type(base).__name__}")
+    if not _is_known(weight):
+        raise ValueError(
+            f"{name}: its head must be a linear layer with a weight [V, D], got a {type(base).__name__}"
+            f"{_instead_of_known(weight)}"
+        )
+    rows = _whole_shape(weight)[0]
     leaves = {
         path: layer
         for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and weight_size(layer)[0] == shape[0] and _belongs(layer, output)
+        if isinstance(layer, nn.Linear) and weight_size(layer)[0] == rows and _belongs(layer, output)
     }
     for path, layer in leaves.items():
+        if "weight" not in layer._parameters:
+            raise ValueError(
+                f"{name}: the weight of {path} must be a parameter, got one that is computed anew at each use (by "
+                "torch.nn.utils.parametrize, weight_norm or spectral_norm), whose gradients would be lost: remove the "
+                "parametrization first"
+            )
         if type(layer).forward is not nn.Linear.forward:
             raise ValueError(f"{name}: {path} must be a torch.nn.Linear, got a {type(layer).__name__}: head unknown")
         if "forward" in layer.__dict__:
@@ -193,6 +207,37 @@ def _heads(model: nn.Module) -> dict[str, nn.Linear]:
     if not leaves:
         raise ValueError(f"{name}: its head must be a torch.nn.Linear, got a {type(output).__name__}: head unknown")
     return leaves
+
+
+def _is_known(weight: Any) -> bool:
+    """Whether it is a weight [V, D] whose products are known."""
+    if not isinstance(weight, Tensor) or weight.dtype not in DTYPES or len(_whole_shape(weight)) != 2:
+        return False
+    return not _has_own_products(weight)
+
+
+def _has_own_products(weight: Tensor) -> bool:
+    kind, plain = cast(Any, type(weight)), cast(Any, Tensor)
+    return kind.__torch_dispatch__ is not plain.__torch_dispatch__ and not isinstance(weight, DTensor)
+
+
+def _instead_of_known(weight: Any) -> str:
+    """What there is instead."""
+    if not isinstance(weight, Tensor):
+        return ""
+    if _has_own_products(weight):
+        return (
+            f" whose weight is a {type(weight).__name__}, a subclass of torch.Tensor with products of its own, as "
+            "quantised weights of torchao are: leave the head out of the quantisation"
+        )
+    if weight.dtype not in DTYPES:
+        return f" whose weight is quantised, of {weight.dtype}: leave the head out of the quantisation"
+    return f" whose weight has shape {_whole_shape(weight)}"
+
+
+def _whole_shape(weight: Any) -> tuple[int, ...]:
+    """Also where DeepSpeed has emptied what it shards."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def _belongs(layer: nn.Module, output: nn.Module) -> bool:

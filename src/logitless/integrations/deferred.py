@@ -105,6 +105,16 @@ class DeferredLogits:
         """The softcap, or None."""
         return self._bound
 
+    @property
+    def moment(self) -> Moment:
+        """When they were deferred."""
+        return self._moment
+
+    @property
+    def shared(self) -> bool:
+        """Whether rows were taken from these, or these from others."""
+        return self._shared
+
     def dim(self) -> int:
         """Number of dimensions."""
         return self.ndim
@@ -292,6 +302,10 @@ class DeferredLogits:
         self._moment.check(self._heads())
         return _within(self._terms, checked)
 
+    def check(self) -> None:
+        """Raise unless they can still be computed."""
+        self._moment.check(self._heads())
+
     def _heads(self) -> Iterator[nn.Linear]:
         return (term.head for term in self._terms)
 
@@ -374,7 +388,7 @@ class DeferredLogits:
         """Torch functions of these: those that models use before the loss, and the loss; else of the real logits."""
         kwargs = kwargs or {}
         if func is F.cross_entropy:
-            return _cross_entropy(*args, **kwargs)
+            return cross_entropy(*args, **kwargs)
         if func is torch.tanh and isinstance(args[0], DeferredLogits):
             return args[0].tanh()
         name = getattr(func, "__name__", str(func))
@@ -439,7 +453,7 @@ def real(value: Any, reason: str = "an operand") -> Any:
     return value
 
 
-def _cross_entropy(
+def cross_entropy(
     input: Any,
     target: Any,
     weight: Tensor | None = None,

@@ -10,7 +10,6 @@ import copy
 import functools
 import inspect
 import itertools
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -24,15 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logitless.integrations.deferred import DeferredLogits, Record, Term, real, weight_size
-from logitless.integrations.lazy import handed_out
+from logitless.integrations.evaluated import EvaluatedLogits
 from logitless.integrations.moment import Backward, Moment, Parameters, Since, parameters_of
-from logitless.integrations.trl import STATE as ADAPTED
+from logitless.integrations.trl import PATCHED as MARK
+from logitless.integrations.trl import STATE as TRL
 
 STATE = "_logitless"
 # What `torch.nn.DataParallel` calls to copy a module.
 REPLICATE = "_replicate_for_data_parallel"
-# Of the functions that are put in the place of a module's own `forward`.
-MARK = "_of_logitless"
 
 
 @dataclass
@@ -44,7 +42,8 @@ class State:
         forward: the model's own.
         heads: the linear layers, by name.
         number: of the patch, which tells it from others of the same model.
-        warned: whether it was said that logits are formed after all.
+        warned: whether it was said that logits are formed after all, or that the patch is not used.
+        called: whether the model was called with labels.
         backward: passes through the heads.
         trial: while the patch is tried, else None.
     """
@@ -54,12 +53,15 @@ class State:
     heads: dict[str, nn.Linear]
     number: int = field(default_factory=itertools.count().__next__)
     warned: bool = False
+    called: bool = False
     backward: Backward = field(default_factory=Backward)
     trial: Trial | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """Of a copied model."""
-        return State(self.options, copy.deepcopy(self.forward, memo), copy.deepcopy(self.heads, memo), self.number)
+        copied = memo[id(self)] = State(self.options, None, {}, self.number)  # modules on the way have it too
+        copied.forward, copied.heads = copy.deepcopy(self.forward, memo), copy.deepcopy(self.heads, memo)
+        return copied
 
     def __reduce__(self) -> Any:
         """Refuses.
@@ -127,10 +129,14 @@ def install(model: nn.Module, state: State) -> None:
         here: State | None = self.__dict__.get(STATE)
         if here is None or here.number != number:  # no longer patched, or anew around what was put around this
             return own(self, *args, **kwargs) if bound else own(*args, **kwargs)
-        if not _has_labels(here.forward, args, kwargs):
-            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                _warn_of_trainer(here)
+        if kwargs.get("fused_lm_head"):  # TRL's, beneath this
+            _warn_of_body(here)
             return here.forward(*args, **kwargs)
+        if not _has_labels(here.forward, args, kwargs):
+            _warn_of_missing_labels(here, self)
+            return here.forward(*args, **kwargs)
+        if here.trial is None and not torch.compiler.is_compiling():
+            here.called = True
         outer, record = _thread.call, Record() if here.trial is None else here.trial.record
         _thread.call = call = _Call(here, parameters_of(here.heads.values()), record, Since(here.backward))
         try:
@@ -142,8 +148,6 @@ def install(model: nn.Module, state: State) -> None:
         if here.trial is None and not torch.compiler.is_compiling():
             call.since.close()
             _warn_of_logits(call)
-            if outer is None and not torch.is_grad_enabled():
-                return handed_out(output)
         return output
 
     # Not as `__wrapped__`, which accelerate follows when it takes off what it put around.
@@ -151,20 +155,25 @@ def install(model: nn.Module, state: State) -> None:
     signature = inspect.signature(own)
     vars(forward).pop("__wrapped__")
     forward.__signature__ = signature if bound else _with_self(signature)
-    setattr(forward, MARK, True)
+    setattr(forward, MARK, own)
     for module, replaced in ((model, forward), *((head, _head_forward) for head in state.heads.values())):
         module.__dict__[STATE] = state
         module.__dict__["forward"] = MethodType(replaced, module)
     model.__dict__[REPLICATE] = _refuse_replicas
-    if "get_output_embeddings" not in model.__dict__:
-        model.__dict__["get_output_embeddings"] = MethodType(_output_embeddings, model)
+    body = _body(model)
+    if body is not None:
+        body.__dict__[STATE] = state
+        body.register_forward_pre_hook(_before_body)
 
 
 def uninstall(model: nn.Module, state: State) -> None:
     """Undo ``install``, but for what somebody else has put around it since."""
     del model.__dict__[REPLICATE]
-    if getattr(model.get_output_embeddings, "__func__", None) is _output_embeddings:
-        del model.__dict__["get_output_embeddings"]
+    body = _body(model)
+    if body is not None and body.__dict__.pop(STATE, None) is not None:
+        for number, hook in list(body._forward_pre_hooks.items()):
+            if hook is _before_body:
+                del body._forward_pre_hooks[number]
     for module in (model, *state.heads.values()):
         del module.__dict__[STATE]
         if hasattr(getattr(module.forward, "__func__", None), MARK):
@@ -190,45 +199,50 @@ def _warn_of_logits(call: _Call) -> None:
     )
 
 
-def _warn_of_trainer(state: State) -> None:
-    """Say once that a trainer of `transformers` makes the loss of logits, from labels that it keeps from the model."""
-    if state.warned:
-        return
-    frame = sys._getframe(2)
-    while frame is not None:
-        trainer = frame.f_locals.get("self")
-        if not isinstance(trainer, nn.Module) and hasattr(trainer, "compute_loss"):
-            break
-        frame = frame.f_back
-    else:
-        return
-    given = remedy = ""
-    if getattr(trainer, "label_smoother", None) is not None:
-        given, remedy = "label_smoothing_factor", "set it to 0 and call logitless.patch(model, label_smoothing=...)"
-    elif getattr(trainer, "compute_loss_func", None) is not None:
-        given, remedy = "compute_loss_func", "leave it out, or make the loss with logitless.linear_cross_entropy"
-    if given:
+def _warn_of_missing_labels(state: State, model: nn.Module) -> None:
+    """Say once that a model is trained from its logits."""
+    if _is_unused_in_training(state, model):
         state.warned = True
         warnings.warn(
-            f"a patched model is trained by a {type(trainer).__name__} with {given}, which takes the labels from the "
-            f"model and makes its loss of logits: the patch does nothing there; {remedy}",
-            stacklevel=6,  # above our forward, the one that calls it and the two of torch.nn.Module
+            "a patched model was called in training without labels: it forms its logits, and the patch is not used. "
+            "transformers.Trainer takes the labels away for label_smoothing_factor: set that to 0 and call "
+            "logitless.patch(model, label_smoothing=...) instead. For compute_loss_func, and any other loss that is "
+            "made of logits, there is no use in the patch",
+            stacklevel=5,
         )
 
 
-def _output_embeddings(self: nn.Module) -> Any:
-    """The model's own ``get_output_embeddings``; a forward of TRL's that asks for it reads the head past the patch."""
-    state: State | None = self.__dict__.get(STATE)
-    if state is not None and not state.warned and not torch.compiler.is_compiling() and ADAPTED not in self.__dict__:
-        caller = sys._getframe(1)
-        if caller.f_locals.get("fused_lm_head"):
-            state.warned = True
-            warnings.warn(
-                "a patched model is trained by one of TRL's trainers, which computes with a head of its own: the patch "
-                "does nothing there; call logitless.integrations.trl.adapt(trainer) before trainer.train()",
-                stacklevel=3,
-            )
-    return type(self).get_output_embeddings(self)  # type: ignore[attr-defined]
+def _before_body(body: nn.Module, inputs: Any) -> None:
+    state: State | None = body.__dict__.get(STATE)
+    if state is not None and _is_unused_in_training(state, body):
+        _warn_of_body(state)
+
+
+def _warn_of_body(state: State) -> None:
+    """Say once that a model is trained past its ``forward``, unless TRL's head is ours."""
+    model = getattr(state.forward, "__self__", None)
+    if not state.warned and TRL not in getattr(model, "__dict__", {}):
+        state.warned = True
+        warnings.warn(
+            "a patched model was called in training past its forward, for its hidden states alone, as trainers of TRL "
+            "do that take log-probabilities from the head's weight themselves: the patch is not used. Call "
+            "logitless.integrations.trl.adapt(trainer) before trainer.train(); it serves those of SFT, DPO, GRPO, KTO "
+            "and RLOO, and the model need not be patched for it",
+            stacklevel=4,
+        )
+
+
+def _is_unused_in_training(state: State, module: nn.Module) -> bool:
+    """Whether this pass trains, and none with labels came before it."""
+    if torch.compiler.is_compiling() or state.trial is not None or state.called or state.warned:
+        return False
+    return module.training and torch.is_grad_enabled()
+
+
+def _body(model: nn.Module) -> nn.Module | None:
+    """What gives a model of `transformers` its hidden states, where it is a module of its own."""
+    body = getattr(model, "base_model", None)
+    return body if isinstance(body, nn.Module) and body is not model else None
 
 
 def _refuse_replicas() -> None:
@@ -274,8 +288,10 @@ def _head_forward(self: nn.Linear, input: Any, work: Callable[[], Tensor] | None
             return logits
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+    evaluating = trial is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     moment = Moment.now(call.before + parameters_of([self]), call.since)
-    return DeferredLogits((Term(input, self, weight_size(self)[0]),), dtype, call.state.options, call.record, moment)
+    logits = DeferredLogits((Term(input, self, weight_size(self)[0]),), dtype, call.state.options, call.record, moment)
+    return EvaluatedLogits.of(logits) if evaluating else logits
 
 
 setattr(_head_forward, MARK, True)

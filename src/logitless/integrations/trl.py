@@ -27,6 +27,8 @@ from logitless.functional import token_statistics
 from logitless.options import Backend, Sampled
 
 STATE = "_logitless_trl"
+# Attribute of what ``patch`` puts in the place of a ``forward``: that one.
+PATCHED = "_of_logitless"
 # TRL's function, by its name where the model's ``forward`` looks it up, what it takes and what it can give.
 FUNCTION = "_ChunkedLogProbFunction"
 TAKEN = (
@@ -275,7 +277,7 @@ def _names_of_forward(trainer: str, model: nn.Module) -> dict[str, Any]:
         function = getattr(forward, "__func__", forward)
         if isinstance(function, FunctionType) and FUNCTION in function.__code__.co_names:
             return function.__globals__
-        forward = getattr(function, "__wrapped__", None)
+        forward = getattr(function, "__wrapped__", getattr(function, PATCHED, None))
     raise ValueError(
         f"trainer must have models with TRL's fused head, got a {trainer} with a {type(model).__name__} without one: "
         "it forms logits, or is of a TRL before 1.16 or of one that is unknown here"
