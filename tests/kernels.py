@@ -5,7 +5,8 @@ Without a GPU that is the CPU, where Triton's interpreter runs them in tiles of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +21,51 @@ from tolerance import FACTOR, floor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter misreads bf16 operands of the tensor copy engine.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
-STATISTICS = frozenset({"mean_logit", "smooth_logit", "prediction", "target_rank"})
+STATISTICS = frozenset({"mean_gap", "smooth_logit", "prediction", "target_rank"})
 LOG2 = 0.6931471805599453
+
+
+def _set_matmul(precision: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def _set_everywhere(precision: str) -> None:
+    torch.backends.fp32_precision = precision  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+# What scripts set, by each of PyTorch's interfaces, and whether products of fp32 operands may take them as TF32 then.
+FP32_PRECISIONS: dict[str, tuple[Callable[[], None], bool]] = {
+    "untouched": (lambda: None, False),
+    "highest": (lambda: torch.set_float32_matmul_precision("highest"), False),
+    "high": (lambda: torch.set_float32_matmul_precision("high"), True),
+    "medium": (lambda: torch.set_float32_matmul_precision("medium"), True),
+    "allow_tf32": (lambda: _allow_tf32(True), True),
+    "allow_tf32 = False": (lambda: _allow_tf32(False), False),
+    "matmul tf32": (lambda: _set_matmul("tf32"), True),
+    "matmul ieee": (lambda: _set_matmul("ieee"), False),
+    "matmul none": (lambda: _set_matmul("none"), False),
+    "everywhere tf32": (lambda: _set_everywhere("tf32"), True),
+    "everywhere ieee": (lambda: _set_everywhere("ieee"), False),
+    "everywhere bf16": (lambda: _set_everywhere("bf16"), False),  # which CUDA devices do not know
+    "everywhere tf32, matmul ieee": (lambda: (_set_everywhere("tf32"), _set_matmul("ieee")), False),
+    "high, matmul ieee": (lambda: (torch.set_float32_matmul_precision("high"), _set_matmul("ieee")), False),
+}
+
+
+@contextlib.contextmanager
+def fp32_precision(setting: str) -> Iterator[None]:
+    """Within, one of the settings above."""
+    FP32_PRECISIONS[setting][0]()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")  # first, since it sets the others
+        _set_matmul("none")
+        _set_everywhere("none")
 
 
 @dataclass(frozen=True)
@@ -135,22 +179,23 @@ def smoothing(problem: Problem, dtype: torch.dtype) -> Tensor | float:
 
 
 def statistic(problem: Problem, name: str, dtype: torch.dtype, narrow: torch.dtype | None = None) -> Tensor:
-    """[N] one of the fields of ``Statistics``, formed from the log-sum-exp as a fused operator must."""
+    """[N] one of the fields of ``Statistics``, formed as plain PyTorch forms it: relative to the largest logit."""
     z = logits(problem, dtype, narrow)
-    lse = z.logsumexp(1)
     at_target = z.gather(1, problem.target[:, None])
-    if name == "target_logit":
-        return at_target[:, 0]
-    if name == "smooth_logit":
-        return (z * smoothing(problem, dtype)).sum(1)
-    if name == "mean_logit":
-        p = (z - lse[:, None]).exp()
-        return torch.where(p > 0, p * z, 0.0).sum(1)
+    peak = z.amax(1)
+    peak = torch.where(peak == -torch.inf, 0, peak)
+    below = z - peak[:, None]
+    log_sum = below.exp().sum(1).log()
+    if name == "mean_gap":
+        p = (below - log_sum[:, None]).exp()
+        return -torch.where(p == 0, 0.0, p * below).sum(1)
     return {
-        "logsumexp": lambda: lse,
+        "peak": lambda: peak,
+        "log_sum": lambda: log_sum,
+        "target_logit": lambda: at_target[:, 0],
+        "smooth_logit": lambda: (below * smoothing(problem, dtype)).sum(1),
         "prediction": lambda: (z == z.amax(1, keepdim=True)).to(torch.uint8).argmax(1),  # the first of equal ones
         "target_rank": lambda: (z > at_target).sum(1),
-        "peak_logit": lambda: z.amax(1),
     }[name]()
 
 
@@ -167,10 +212,10 @@ def logits_gradient(
     With ``narrow``, logits and gradient are rounded to that dtype, as plain operations in it do.
     """
     z = logits(problem, dtype, narrow)
-    p = (z - z.logsumexp(1, keepdim=True)).exp()
+    p = z.log_softmax(1).exp()
     dz = coefficients.a.to(dtype)[:, None] * p
     if coefficients.b is not None:
-        dz = dz + coefficients.b.to(dtype)[:, None] * torch.where(p > 0, p * z, 0.0)
+        dz = dz + coefficients.b.to(dtype)[:, None] * torch.where(p == 0, 0.0, p * (z - z.amax(1, keepdim=True)))
     dz = dz.scatter_add(1, problem.target[:, None], -coefficients.c.to(dtype)[:, None])
     if coefficients.d is not None:
         dz = dz - coefficients.d.to(dtype)[:, None] * smoothing(problem, dtype)
@@ -189,7 +234,7 @@ def exact_statistics(problem: Problem) -> Statistics:
     counts = counting(problem)
     values = {
         name: statistic(problem, name, torch.float64).float().masked_fill(~counts, torch.nan)
-        for name in ("logsumexp", "target_logit")
+        for name in ("peak", "log_sum", "target_logit")
     }
     return Statistics(**values)
 
@@ -203,7 +248,9 @@ def check(name: str, ours: Tensor, formula: Callable[[torch.dtype], Tensor], pla
     plain = accumulated if plain is None else plain
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)} instead of {tuple(exact.shape)}"
     finite = exact.isfinite()
-    assert torch.equal(ours[~finite].double(), exact[~finite]), f"{name}: not the same entries are infinite"
+    infinite, expected = ours[~finite].double(), exact[~finite]
+    same = (infinite == expected) | (infinite.isnan() & expected.isnan())
+    assert same.all(), f"{name}: not the same entries are infinite or NaN"
     ours, exact, accumulated, plain = (tensor[finite] for tensor in (ours, exact, accumulated, plain))
     error = (ours.double() - exact).norm().item()
     allowed = FACTOR * (plain.double() - exact).norm().item() + floor(exact, accumulated, ours)

@@ -1,8 +1,8 @@
 """The two-stage pipeline in plain PyTorch: full logits, then the loss. What every test compares with.
 
 Each function takes ``form``. ``"two_stage"`` goes through ``F.cross_entropy`` and ``F.log_softmax``, as users write it.
-``"statistics"`` goes through log-sum-exp and the target's logit, the two numbers a fused operator keeps of a row; the
-formulas are equal, their rounding is not (see ``tolerance``).
+``"statistics"`` goes through the largest logit, the log-sum relative to it and the target's logit, the three numbers a
+fused operator keeps of a row; the formulas are equal, their rounding is not (see ``tolerance``).
 """
 
 from __future__ import annotations
@@ -82,10 +82,16 @@ def _losses_from_statistics(
     safe = target.masked_fill(ignored, 0)
     if class_weight is None:
         class_weight = scores.new_ones(scores.shape[1])
-    logsumexp = scores.logsumexp(-1)
-    nll = class_weight[safe] * (logsumexp - scores.gather(1, safe[:, None]).squeeze(1))
-    smooth = class_weight.mean() * logsumexp - (class_weight * scores).mean(-1)
+    below, log_sum = relative_to_peak(scores)
+    nll = class_weight[safe] * (log_sum - below.gather(1, safe[:, None]).squeeze(1))
+    smooth = class_weight.mean() * log_sum - (class_weight * below).mean(-1)
     return ((1 - label_smoothing) * nll + label_smoothing * smooth).masked_fill(ignored, 0)
+
+
+def relative_to_peak(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] less the largest of their row, and [N] the log of the sum of their exponentials."""
+    below = scores - scores.detach().amax(-1, keepdim=True)
+    return below, below.exp().sum(-1).log()
 
 
 def denominator(
@@ -144,7 +150,8 @@ def token_statistics(
         nll = F.cross_entropy(scores, flat, ignore_index=ignore_index, reduction="none")
         entropy = -(log_probability.exp() * log_probability).sum(-1)
     else:
-        nll = logsumexp - scores.gather(1, flat.masked_fill(ignored, 0)[:, None]).squeeze(1)
-        entropy = logsumexp - ((scores - logsumexp[:, None]).exp() * scores).sum(-1)
+        below, log_sum = relative_to_peak(scores)
+        nll = log_sum - below.gather(1, flat.masked_fill(ignored, 0)[:, None]).squeeze(1)
+        entropy = log_sum - ((below - log_sum[:, None]).exp() * below).sum(-1)
     outputs = {"nll": nll, "logsumexp": logsumexp, "entropy": entropy}
     return {name: value.masked_fill(ignored, 0).view(target.shape) for name, value in outputs.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 # Exact in every dtype, so that an upstream gradient adds no rounding of its own.
 UPSTREAM = 0.3125
 
-DATA = ("random", "peaked", "flat", "mixed")
+DATA = ("random", "peaked", "flat", "mixed", "offset")
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,22 @@ def mixed_problem(tokens: int, hidden: int, vocabulary: int, seed: int = 0) -> P
     )
 
 
+def offset_problem(tokens: int, hidden: int, vocabulary: int, seed: int = 0) -> Problem:
+    """Such tokens again, with 48 added to all logits, as a last channel that all rows of the head share does."""
+    problem = mixed_problem(tokens, hidden, vocabulary, seed)
+    input, weight = problem.input.detach().clone(), problem.linear_weight.detach().clone()
+    input[:, -1], weight[:, -1] = 48.0, 1.0
+    return replace(problem, input=input.requires_grad_(), linear_weight=weight.requires_grad_())
+
+
 def make_problem(data: str, tokens: int, hidden: int, vocabulary: int, seed: int = 0) -> Problem:
-    makers = {"random": random_problem, "peaked": peaked_problem, "flat": flat_problem, "mixed": mixed_problem}
+    makers = {
+        "random": random_problem,
+        "peaked": peaked_problem,
+        "flat": flat_problem,
+        "mixed": mixed_problem,
+        "offset": offset_problem,
+    }
     return makers[data](tokens, hidden, vocabulary, seed)
 
 
@@ -157,7 +171,7 @@ def widen(problem: Problem, hidden: int) -> Problem:
 
 def coarse(*shape: int, low: float, high: float, seed: int) -> Tensor:
     """Random multiples of 1/16, which every dtype holds exactly."""
-    steps = torch.randint(round(low * 16), round(high * 16) + 1, shape, generator=generator(seed))
+    steps = torch.randint(round(low * 16), round(high * 16) + 1, shape, generator=generator(seed), device="cpu")
     return steps.double() / 16
 
 
@@ -193,6 +207,8 @@ class Case:
     def problem(self) -> Problem:
         tokens = torch.Size(self.leading).numel()
         problem = make_problem(self.data, tokens, 24, self.vocabulary)
+        if self.data == "offset" and self.softcap is not None:  # far beyond the cap all that is left is rounding
+            problem.input.detach()[:, -1] = self.softcap
         options: dict[str, object] = {
             "reduction": self.reduction,
             "label_smoothing": self.label_smoothing,

@@ -393,16 +393,125 @@ def test_list(capsys):
     assert "a CUDA device" in printed
 
 
-def test_unknown_case_and_peer(capsys):
-    assert main(["bench", "--cases", "nonesuch"]) == 2
-    assert "nonesuch" in capsys.readouterr().err
-    assert main(["bench", "--peers", "nobody"]) == 2
-    assert main(["bench", "--workspace", "much"]) == 2
-    assert "nobody" in capsys.readouterr().err
+@pytest.fixture
+def nothing_is_measured(monkeypatch, tmp_path):
+    """Measuring fails the test; in a folder with a file, a folder, and heads that are none."""
+
+    def fail(*_, **__):
+        pytest.fail("measured before everything was checked")
+
+    monkeypatch.setattr("logitless.bench.run._measure", fail)
+    monkeypatch.setattr("logitless.bench.tune._kernels", fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "taken.png").mkdir()
+    (tmp_path / "file").write_text("[]")
+    hidden, labels = torch.ones(3, 64), torch.tensor([0, 1, 2])
+    torch.save({"hidden": hidden}, "partial.pt")
+    torch.save({"hidden": hidden, "labels": labels, "weight": torch.ones(2, 64)}, "labels.pt")
+    torch.save({"hidden": hidden, "labels": labels, "weight": torch.ones(9, 32)}, "widths.pt")
+    torch.save({"hidden": hidden, "labels": labels, "q8": torch.ones(9, 32)}, "q8.pt")
+    torch.save({"hidden": hidden, "labels": labels, "weight": "none"}, "text.pt")
+    torch.save({"hidden": torch.ones(3, 1024), "labels": labels, "weight": torch.ones(9, 1024)}, "wide.pt")
+
+
+TRAINED = ["bench", "--cases", "smollm2"]
+PLAN = ["plan", "--tokens", "4096", "--hidden", "1024", "--vocabulary", "50304"]
+
+
+@pytest.mark.usefixtures("nothing_is_measured")
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["bench", "--cases", "nonesuch"], ["--cases", "nonesuch", "gpt2"]),
+        (["bench", "--peers", "nobody"], ["--peers", "nobody", "two-stage"]),
+        (["bench", "--workspace", "much"], ["--workspace", "much"]),
+        (["bench", "--workspace", "1KiB"], ["--workspace", "1.0 KiB", "at least", "gpt2", "float32"]),
+        (["bench", "--workspace", "9" * 30], ["--workspace", "2**63"]),
+        (["bench", "--device", "foo"], ["--device", "foo"]),
+        (["bench", "--device", "meta"], ["--device", "meta", "cpu or cuda"]),
+        (["bench", "--device", "cuda"], ["--device cuda", "--device cpu"]),
+        (["bench", "--device", "cuda:7", "--list"], ["--device cuda:7", "--device cpu"]),
+        (["bench", "--device", "foo", "--list"], ["--device", "foo"]),
+        (["bench", "--rounds", "0"], ["--rounds", "at least 1"]),
+        (["bench", "--rounds", "-3"], ["--rounds", "-3"]),
+        (["bench", "--threads", "0"], ["--threads", "at least 1"]),
+        (["bench", "--threads", "1000000"], ["--threads", "at most"]),
+        (["bench", "--seed", "-1"], ["--seed", "-1"]),
+        (["bench", "--seed", str(2**64)], ["--seed", "at most"]),
+        (["bench", "--slowest", "0"], ["--slowest", "0"]),
+        (["bench", "--slowest", "nan"], ["--slowest", "nan"]),
+        (["bench", "--output", "folder"], ["--output", "folder"]),
+        (["bench", "--output", "file/results.json"], ["--output", "file", "not a directory"]),
+        (["bench", "--output", "x" * 300], ["--output", "name too long"]),
+        (["bench", "--output", "taken.json"], ["--output", "taken.png"]),
+        (["bench", "--output", "results.png"], ["--output", ".png"]),
+        (["bench", "--trained-head", "nope.pt"], ["--trained-head", "nope.pt"]),
+        (TRAINED, ["--cases smollm2", "--trained-head"]),
+        ([*TRAINED, "--trained-head", "nope.pt"], ["--trained-head", "nope.pt"]),
+        ([*TRAINED, "--trained-head", "folder"], ["--trained-head", "folder"]),
+        ([*TRAINED, "--trained-head", "file"], ["--trained-head", "file", "torch.save"]),
+        ([*TRAINED, "--trained-head", "partial.pt"], ["--trained-head", "'labels'"]),
+        ([*TRAINED, "--trained-head", "labels.pt"], ["--trained-head", "labels", "[0, 2)"]),
+        ([*TRAINED, "--trained-head", "widths.pt"], ["--trained-head", "[3, 64]", "[9, 32]"]),
+        ([*TRAINED, "--trained-head", "q8.pt"], ["--trained-head", "uint8", "float32"]),
+        ([*TRAINED, "--trained-head", "text.pt"], ["--trained-head", "tensors"]),
+        ([*TRAINED, "--trained-head", "wide.pt"], ["--trained-head", "D=1024", "D=768"]),
+        ([*PLAN, "--device", "tpu"], ["--device", "tpu"]),
+        ([*PLAN, "--dtype", "int8"], ["--dtype", "int8"]),
+        ([*PLAN, "--workspace", "1KiB"], ["--workspace", "at least", "MiB"]),
+        ([*PLAN, "--workspace", "9" * 400], ["--workspace", "digits"]),
+        ([*PLAN, "--hidden", "0"], ["--hidden", "at least 1"]),
+        ([*PLAN, "--tokens", "-1"], ["--tokens", "-1"]),
+        ([*PLAN, "--vocabulary", str(2**64)], ["--vocabulary", "64 bits"]),
+        (["tune"], ["CUDA"]),
+        (["tune", "--rounds", "0"], ["--rounds", "at least 1"]),
+        (["tune", "--vocabulary", "0"], ["--vocabulary", "at least 1"]),
+        (["tune", "--dtype", "int8"], ["--dtype", "int8"]),
+        (["tune", "--output", "folder"], ["--output", "folder"]),
+        (["tune", "--output", "file"], ["--output", "no table"]),
+        (["tune", "--output", "partial.pt"], ["--output", "cannot be read"]),
+    ],
+    ids=lambda value: " ".join(value)[:60],
+)
+def test_everything_is_checked_before_anything_is_measured(words, fragments, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"logitless {words[0]}: error: ")
+    assert len(error.splitlines()) == 1
+    assert not [fragment for fragment in fragments if fragment not in error], error
 
 
 def test_plan_on_the_command_line(capsys):
-    assert main(["plan", "--tokens", "4096", "--hidden", "1024", "--vocabulary", "50304"]) == 0
+    assert main(PLAN) == 0
     assert "workspace" in capsys.readouterr().out
-    assert main(["plan", "--tokens", "4096", "--hidden", "1024", "--vocabulary", "50304", "--workspace", "1KiB"]) == 2
-    assert "at least" in capsys.readouterr().err
+    for words in (["--dtype", "bf16"], ["--dtype", "fp64"], ["--workspace", "1G"], ["--workspace", "1073741824"]):
+        assert main([*PLAN, "--device", "cpu", *words]) == 0
+    assert "of 1.0 GiB allowed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("there", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_plan_on_the_device_that_is_there(monkeypatch, capsys, there, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert main(PLAN) == 0
+    assert f" on {expected} by " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny_cases")
+def test_short_names_of_dtypes(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "print_case", lambda *_: None)
+    output = tmp_path / "short.json"
+    words = ["bench", "--cases", "tiny", "--dtypes", "fp32", "bf16", "--peers", "logitless exact", "--rounds", "1"]
+    assert main([*words, "--threads", "1", "--device", "cpu", "--output", str(output)]) == 0
+    assert [result["dtype"] for result in json.loads(output.read_text())["results"]] == ["float32", "bfloat16"]
+
+
+@pytest.mark.usefixtures("tiny_cases")
+def test_trained_head_that_no_case_reads_is_mentioned(tmp_path):
+    """It is there, so that it harms nobody."""
+    path, printed = tmp_path / "head.pt", io.StringIO()
+    path.write_bytes(b"")
+    settings = config(tmp_path, dtypes=("float32",), peers=(), trained_head=path, output=None)
+    assert run.run_bench(settings, "", Console(file=printed)) == 0
+    assert "--trained-head: not used" in printed.getvalue()

@@ -132,7 +132,7 @@ PADDED_TOKENS, PADDED_VOCABULARY = 48, 512
 def test_opcheck_of_the_loss(backend, forced):
     input, weight, target = inputs(tokens=PADDED_TOKENS, vocabulary=PADDED_VOCABULARY)
     scale = torch.full((PADDED_TOKENS,), 1 / PADDED_TOKENS)
-    objective = LossObjective(LossOptions(z_loss=0.01), scale, None, 1.0)
+    objective = LossObjective(LossOptions(z_loss=0.01), None, scale, None, 1.0)
     wants = (True, True, False)
     settings = compiled.Settings(backend, None, HeadOptions(), None, "input", torch.float32, wants, forced)
     text = compiled.written(settings, objective, None)
@@ -144,7 +144,7 @@ def test_opcheck_of_the_loss(backend, forced):
 def test_opcheck_of_statistics(backend):
     input, weight, target, bias = inputs(bias=True, tokens=PADDED_TOKENS, vocabulary=PADDED_VOCABULARY)
     scale = torch.ones(PADDED_TOKENS)
-    objective = StatisticsObjective(("nll", "entropy", "prediction"), scale)
+    objective = StatisticsObjective(("nll", "entropy", "prediction"), None, scale)
     wants = (True, True, True)
     settings = compiled.Settings(backend, None, HeadOptions(softcap=5.0), None, "input", torch.float32, wants, None)
     text = compiled.written(settings, objective, None)

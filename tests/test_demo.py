@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import os
@@ -27,7 +28,7 @@ from logitless.cli import main
 from logitless.demo import heads
 from logitless.demo.checkpoint import atomic_write, load_checkpoint, save_checkpoint, truncate_log
 from logitless.demo.comparison import run_demo
-from logitless.demo.config import ModelConfig, TrainConfig
+from logitless.demo.config import ModelConfig, TrainConfig, add_flags, given_flags
 from logitless.demo.data import (
     Corpus,
     Tokenizer,
@@ -501,15 +502,33 @@ class TestMessages:
             (["train", "--threshold", "2"], "--threshold must lie in (0, 1]"),
             (["train", "--steps", "0"], "--steps must be positive"),
             (["train", "--warmup", "-1"], "--warmup must not be negative"),
+            (["train", "--run-dir", "file"], "--run-dir: nothing can be written to file (not a directory)"),
+            (["train", "--run-dir", "file/run"], "--run-dir: nothing can be written to file (not a directory)"),
+            (["train", "--run-dir", "x" * 300], "--run-dir: nothing can be written to"),
+            (["train", "--run-dir", "."], "--run-dir: . exists and is not an empty folder"),
+            (["train", "--run-dir", "run"], "--run-dir: run already holds a run"),
+            (["train", "--resume", "run"], "--resume: run/run.json cannot be read"),
+            (["train", "--resume", "file"], "--resume file: there is no run in this folder"),
+            (["demo", "--run-dir", "run"], "--run-dir: run already holds a run"),
+            (["demo", "--run-dir", "file/run"], "--run-dir: nothing can be written to file"),
+            (["converge", "--tokens", "none.npz", "--output", "file"], "--output: nothing can be written to file"),
+            (["converge", "--tokens", "none.npz", "--output", "new"], "--tokens none.npz cannot be read"),
+            (["converge", "--tokens", "run", "--prepare", "text"], "--tokens must be a file, got the folder run"),
+            (["converge", "--tokens", "file/t.npz", "--prepare", "text"], "--tokens: nothing can be written to file"),
         ],
     )
     def test_bad_words(self, words, message, capsys, tmp_path, monkeypatch):
-        """What cannot be used is named."""
+        """What cannot be used is named, before text is read or anything is written."""
         monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("text")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "run.json").write_text("{")
+        before = sorted(tmp_path.rglob("*"))
         assert main(words) == 2
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) == 1
+        assert sorted(tmp_path.rglob("*")) == before
 
     @pytest.mark.parametrize("word", ["1/0", "small", "1e999"])
     def test_bad_numbers(self, word, capsys):
@@ -517,6 +536,13 @@ class TestMessages:
         with pytest.raises(SystemExit, match="2"):
             main(["train", "--threshold", word])
         assert f"must be a number such as 0.1 or 1/64, got '{word}'" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("short", "name"), [("bf16", "bfloat16"), ("fp32", "float32"), ("auto", "auto")])
+    def test_short_names_of_dtypes(self, short, name):
+        """Are those of the settings."""
+        parser = argparse.ArgumentParser()
+        add_flags(parser, TrainConfig())
+        assert given_flags(parser.parse_args(["--dtype", short])) == {"dtype": name}
 
     def test_no_cuda_device(self, capsys, tmp_path, monkeypatch):
         """Said at once."""

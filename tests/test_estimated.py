@@ -19,7 +19,7 @@ import logitless
 import test_sampled
 from logitless import backends
 from logitless.options import BLOCK
-from logitless.quantisation import LEAST_SCALE, LOUD, left_operand, loud_channels, quantise, right_operand
+from logitless.quantisation import LEAST_SCALE, LOUD, left_operand, loud_channels, mean_row, quantise, right_operand
 from problems import DATA, Problem, generator, make_problem, random_problem, smollm2_problem
 from test_sampled import (
     DRAWS,
@@ -199,9 +199,9 @@ def test_errors_on_a_trained_head():
 def test_correction_is_worth_it():
     """The scan alone is off by many times the corrected loss."""
     problem = smollm2_problem(128).to(torch.float64)
-    channels = loud_channels(problem.input.detach())
-    scanned = left_operand(problem.input.detach(), channels) @ right_operand(problem.linear_weight.detach(), channels).T
-    exact = problem.input.detach() @ problem.linear_weight.detach().T
+    hidden, weight = problem.input.detach(), problem.linear_weight.detach()
+    scanned = products_in_eight_bits(hidden, weight, loud_channels(hidden))
+    exact = hidden @ weight.T
     alone = (scanned.logsumexp(1) - exact.logsumexp(1)).square().mean().sqrt()
     assert errors_of(problem, threshold=1 / 64, draws=2).square().mean().sqrt() < alone / 10
 
@@ -365,17 +365,34 @@ def test_loud_channels():
     assert loud_channels(torch.ones(4, 5)).tolist() == [0, 1, 2, 3, 4]
 
 
+def products_in_eight_bits(hidden: Tensor, weight: Tensor, channels: Tensor) -> Tensor:
+    mean = mean_row(weight)
+    return left_operand(hidden, channels, mean) @ right_operand(weight, channels, mean).T
+
+
 def test_operands_hold_three_products():
     hidden, weight = (torch.randn(rows, 80, generator=generator(rows), dtype=torch.float64) for rows in (7, 9))
-    channels = loud_channels(hidden)
-    x, w = quantise(hidden, channels), quantise(weight, channels)
+    channels, mean = loud_channels(hidden), mean_row(weight)
+    x, w = quantise(hidden, channels), quantise(weight - mean, channels)
     parts = [
         (x.values, w.values),
         (x.values.double()[:, channels], w.left_over),
         (x.left_over, w.values.double()[:, channels]),
     ]
     expected = sum(a.double() @ b.double().T for a, b in parts) * x.scale[:, None] * w.scale
-    torch.testing.assert_close(left_operand(hidden, channels) @ right_operand(weight, channels).T, expected)
+    expected += (hidden @ mean)[:, None]
+    torch.testing.assert_close(products_in_eight_bits(hidden, weight, channels), expected)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e2, 1e5])
+def test_what_logits_have_in_common_costs_no_accuracy(shift):
+    """A part of the weight that all rows share fills no digits of theirs: products are off by no more than without."""
+    hidden, weight = (torch.randn(rows, 80, generator=generator(rows), dtype=torch.float64) for rows in (16, 300))
+    hidden[:, 0], weight[:, 0] = 1.0, shift
+    error = products_in_eight_bits(hidden, weight, loud_channels(hidden)) - hidden @ weight.T
+    weight[:, 0] = 0
+    without = products_in_eight_bits(hidden, weight, loud_channels(hidden)) - hidden @ weight.T
+    assert error.norm() <= 1.1 * without.norm()
 
 
 def test_loud_channels_cost_no_accuracy():
@@ -385,7 +402,6 @@ def test_loud_channels_cost_no_accuracy():
     exact = hidden @ weight.T
     none, some = torch.arange(0), loud_channels(hidden)
     without, given = (
-        (left_operand(hidden, channels) @ right_operand(weight, channels).T - exact).square().mean().sqrt()
-        for channels in (none, some)
+        (products_in_eight_bits(hidden, weight, channels) - exact).square().mean().sqrt() for channels in (none, some)
     )
     assert given < without / 10

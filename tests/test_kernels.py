@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +23,13 @@ import logitless
 from kernels import (
     DEVICE,
     DTYPES,
-    LOG2,
+    FP32_PRECISIONS,
     STATISTICS,
     Head,
     check,
     counting,
     exact_statistics,
+    fp32_precision,
     gathered,
     logits,
     logits_gradient,
@@ -42,7 +41,7 @@ from logitless.backends import triton as backend
 from logitless.backends.contract import AffineCoefficients, Coefficients, Gradients, Problem, Schedule, Statistics
 from logitless.backends.triton import rowwise
 from logitless.backends.triton.dense import new_statistics, padded
-from logitless.backends.triton.launch import COMBINED_BLOCKS, Launcher, Tables
+from logitless.backends.triton.launch import COMBINED_BLOCKS, Launcher, Tables, input_precision
 from logitless.backends.triton.primitives import nearest_tf32, tanh
 from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows, scatter_rows
 from logitless.backends.triton.rowwise import gradient_in_place, scale_rows
@@ -315,7 +314,7 @@ def test_statistics_of_many_tiles(head):
 def test_statistics_of_no_rows():
     problem = HEADS[4].problem(0, 24, 300)
     statistics = scanned(problem)[2]
-    assert statistics.logsumexp.shape == (0,)
+    assert statistics.peak.shape == statistics.log_sum.shape == (0,)
 
 
 @pytest.mark.parametrize("head", [HEADS[4], HEADS[7]], ids=str)
@@ -336,8 +335,9 @@ def test_statistics_not_asked_for_are_not_computed():
     tables, target_logit = launcher.tables(17), launcher.empty(17)
     launcher.scan(gathered(launcher, slice(0, 17)), 0, slice(0, 300), tables, target_logit)
     launcher.combine(tables, target_logit, 0, 17, statistics := new_statistics(problem))
-    assert [tables.mean, tables.smooth, tables.peak, statistics.mean_logit, statistics.prediction] == [None] * 5
-    check("logsumexp", statistics.logsumexp, lambda dtype: statistic(problem, "logsumexp", dtype))
+    assert [tables.gap, tables.smooth, tables.largest, statistics.mean_gap, statistics.prediction] == [None] * 5
+    for name in ("peak", "log_sum"):
+        check(name, getattr(statistics, name), lambda dtype, name=name: statistic(problem, name, dtype))
 
 
 @pytest.mark.parametrize(
@@ -358,18 +358,31 @@ def test_prediction_and_rank_of_equal_logits(head):
     assert {130, 7} <= set(statistics.prediction[counts].tolist())
 
 
+@pytest.mark.parametrize("spoilt", [(), (5,), (300, 5), (514, 511), (128, 300)], ids=str)
+@pytest.mark.parametrize("infinite", [(), (3, 400)], ids=str)
+def test_prediction_of_what_is_not_finite(spoilt, infinite):
+    """The first NaN, else the first infinity, as of ``torch.argmax``; never an index beyond the vocabulary."""
+    problem = Head("bias", bias=True).problem(20, 8, 515)
+    assert problem.bias is not None
+    bias = problem.bias.clone()
+    bias[list(infinite)], bias[list(spoilt)] = torch.inf, NAN
+    problem = replace(problem, bias=bias)
+    expected = logits(problem, torch.float32).argmax(1)
+    assert torch.equal(scanned(problem)[2].prediction, expected)
+
+
 @pytest.mark.parametrize("head", [HEADS[0], HEADS[5], HEADS[6], HEADS[7], HEADS[8], HEADS[9], *HEADS[-6:-5]], ids=str)
 def test_table(head):
-    """One entry for each row that counts and tile: log2 of its sum of exponentials, -inf for a masked tile."""
+    """For each row that counts and tile its largest logit, 0 for a masked tile, and log2 of the sum relative to it."""
     problem = head.problem(33, 24, 515)
     launcher, tables, _ = scanned(problem)
     alone, count = only_counting(problem), int(counting(problem).sum())
 
     def formula(dtype: torch.dtype) -> Tensor:
-        return torch.stack([z.logsumexp(1) / LOG2 for z in logits(alone, dtype).split(launcher.block, 1)])
+        return sums_in_tiles(logits(alone, dtype), launcher.block)
 
-    assert tables.log_sum.shape[0] == -(-515 // launcher.block)
-    check("table", tables.log_sum[:, :count], formula)
+    assert tables.sums.shape[:2] == (2, -(-515 // launcher.block))
+    check("tables", tables.sums[:, :, :count], formula)
 
 
 @each_head
@@ -424,7 +437,7 @@ def test_order_of_rows_does_not_matter():
     turned = replace(problem, hidden=problem.hidden[turn], target=problem.target[turn], counted=problem.counted[turn])
     first, second = scanned(problem)[2], scanned(turned)[2]
     for name, value in vars(first).items():
-        if name in ("mean_logit", "smooth_logit") and DEVICE == "cuda":
+        if name in ("mean_gap", "smooth_logit") and DEVICE == "cuda":
             torch.testing.assert_close(getattr(second, name), value[turn], rtol=1e-5, atol=1e-5)
         elif name != "residuals":
             assert torch.equal(value[turn], getattr(second, name)), name
@@ -499,12 +512,22 @@ def check_logits_gradient(problem: Problem, coefficients: Coefficients, gradient
 
 
 def softmax_in_tiles(launcher: Launcher, problem: Problem) -> tuple[Tensor, Tensor]:
-    """[N, V] softmax within tiles and [T, N] its log2-sum-exp, in packed order, NaN for rows that do not count."""
+    """[N, V] softmax within tiles and [2, T, N] their sums, in packed order, NaN for rows that do not count."""
     z = logits(problem, torch.float64)[launcher.rows.order.long()]
     z[int(launcher.rows.count) :] = NAN
     tiles = z.split(launcher.block, 1)
     softmax = torch.cat([torch.where(tile == -torch.inf, 0, tile.softmax(1)) for tile in tiles], 1)
-    return softmax, torch.stack([tile.logsumexp(1) / LOG2 for tile in tiles]).float()
+    return softmax, sums_in_tiles(z, launcher.block).float()
+
+
+def sums_in_tiles(z: Tensor, block: int) -> Tensor:
+    """[2, T, N] peaks of the tiles of logits [N, V], and log2 of their sums of exponentials relative to them."""
+    peaks, sums = [], []
+    for tile in z.split(block, 1):
+        peak = tile.amax(1)
+        peaks.append(torch.where(peak == -torch.inf, 0, peak))
+        sums.append((tile - peaks[-1][:, None]).exp().sum(1).log2())
+    return torch.stack([torch.stack(peaks), torch.stack(sums)])
 
 
 @each_gradient_case
@@ -540,7 +563,7 @@ def test_gradient_from_kept_softmax_of_a_chunk():
         launcher.stored_gradient(
             gradient[rows],
             gradient[rows],
-            table[:, rows].contiguous(),
+            table[:, :, rows].contiguous(),
             first,
             slice(0, VOCABULARY),
             exact_statistics(problem),
@@ -659,7 +682,7 @@ def test_gradient_of_rows(head, given, block, monkeypatch):
     coefficients = random_coefficients(rows, b=False, d="d" in given)
     ahead = ahead_of(spoil_others(coefficients, counts), slope="slope" in given)
     statistics = new_statistics(problem)
-    for name in ("logsumexp", "target_logit", "smooth_logit"):
+    for name in ("peak", "log_sum", "target_logit", "smooth_logit"):
         getattr(statistics, name).fill_(NAN)
     buffer = torch.full((rows, vocabulary + 56), 7.0, dtype=head.dtype, device=DEVICE)
     buffer[:, :vocabulary] = problem.hidden
@@ -682,7 +705,7 @@ def test_gradient_of_rows(head, given, block, monkeypatch):
 
 
 def test_statistics_of_a_row_without_finite_logits():
-    """Its logsumexp is -inf, as is its smoothed logit."""
+    """Its log-sum is -inf, as is its smoothed logit."""
     problem = of_products(Head("masked", masked=tuple(range(5))).problem(3, 24, 520, frozenset({"smooth_logit"})))
     statistics = new_statistics(problem)
     gradient_in_place(problem, problem.hidden.clone(), 0, ahead_of(random_coefficients(3, b=False)), statistics)
@@ -834,7 +857,7 @@ def test_ignored_rows_give_the_bits_of_the_packed_problem(schedule):
     coefficients = schedule_coefficients(schedule)
     statistics, _ = evaluated(problem, schedule, coefficients)
     alone, _ = evaluated(only_counting(problem), schedule, coefficients.rows(counts))
-    for name in ("logsumexp", "target_logit", "mean_logit", "smooth_logit", "prediction"):
+    for name in ("peak", "log_sum", "target_logit", "mean_gap", "smooth_logit", "prediction"):
         assert torch.equal(getattr(statistics, name)[counts], getattr(alone, name)), name
 
 
@@ -894,22 +917,28 @@ def test_nothing_is_formed_ahead_in_fp16(workspace):
     assert logitless.plan(**sizes, dtype="float32", workspace="8GiB").schedule.prepared
 
 
-@contextlib.contextmanager
-def precision_of_fp32_products(precision: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+@pytest.mark.parametrize("setting", FP32_PRECISIONS)
+def test_operands_are_rounded_to_the_nearest_tf32_where_pytorch_does_so(setting):
+    """By either interface: PyTorch refuses to say ``allow_tf32`` after ``fp32_precision`` was set."""
+    problem = HEADS[0].problem(17, 24, 300)
+    operands = torch.cat([problem.hidden, problem.weight]).double()
+    step = 2.0 ** (torch.frexp(operands).exponent - 11)
+    rounded = ((operands / step).round() * step).float()
+    nearest = replace(problem, hidden=rounded[:17], weight=rounded[17:])
+    exact, approximate = (scanned(which)[2].log_sum for which in (problem, nearest))
+    assert not torch.equal(exact, approximate)
+    with fp32_precision(setting):
+        given = scanned(problem)[2].log_sum
+    assert torch.equal(given, approximate if FP32_PRECISIONS[setting][1] else exact)
 
 
-@pytest.mark.parametrize("precision", ["tf32", "ieee", "none"])
-def test_precision_set_by_either_interface(precision):
-    """PyTorch refuses to say ``allow_tf32`` after ``fp32_precision`` was set."""
-    with precision_of_fp32_products(precision):
-        Launcher(HEADS[0].problem(17, 24, 300))
+@pytest.mark.parametrize("setting", FP32_PRECISIONS)
+def test_precision_of_fp32_products_is_pytorchs(setting):
+    """Which its own products follow: it is read from where they read it."""
+    with fp32_precision(setting):
+        assert (input_precision(torch.float32) == "tf32") == FP32_PRECISIONS[setting][1]
+        for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+            assert input_precision(dtype) == "ieee"
 
 
 @triton.jit
@@ -931,28 +960,57 @@ def test_nearest_tf32():
     assert result[8:].isnan().all()
 
 
-def test_operands_are_rounded_to_the_nearest_tf32():
-    problem = HEADS[0].problem(17, 24, 300)
-    operands = torch.cat([problem.hidden, problem.weight]).double()
-    step = 2.0 ** (torch.frexp(operands).exponent - 11)
-    rounded = ((operands / step).round() * step).float()
-    nearest = replace(problem, hidden=rounded[:17], weight=rounded[17:])
-    with precision_of_fp32_products("tf32"):
-        given, expected = (scanned(which)[2].logsumexp for which in (problem, nearest))
-    assert torch.equal(given, expected)
-    with precision_of_fp32_products("ieee"):
-        assert not torch.equal(scanned(problem)[2].logsumexp, given)
+@each_schedule
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_fp32_precision_does_not_reach_16_bits(schedule, dtype):
+    """The bits of every kernel are those without the setting: to round a bf16 operand to TF32 does not even compile."""
+    head = Head("busy", dtype, bias=True, scale=0.75, softcap=5.0, vector=True, counted="some")
+    problem = head.problem(TOKENS, HIDDEN, VOCABULARY, schedule_statistics(schedule))
+    coefficients = schedule_coefficients(schedule)
+    expected, given = {}, {}
+    for results, setting in ((expected, "highest"), (given, "high")):
+        with fp32_precision(setting):
+            statistics, gradients = evaluated(problem, schedule, coefficients)
+        results.update({**vars(statistics), **vars(gradients)})
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, given[name]), name
 
 
 # --- compilation ------------------------------------------------------------------------------------------------------
 
 
-def test_every_kernel_compiles_for_a_gpu():
-    """The interpreter runs what the compiler refuses: branches of two types, methods of integers that are constants.
-
-    Every kernel, with its flags on and off, and with each integer argument equal to 1, which makes it a constant.
-    """
+def offline(*arguments: str) -> subprocess.CompletedProcess:
+    """A run of Python in which Triton compiles, and does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
-    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_variant_that_calls_ask_for_compiles():
+    """The interpreter runs what the compiler refuses: branches of two types, bitcasts, methods of constants."""
+    run = offline(str(Path(__file__).with_name("compile_kernels.py")))
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+
+
+NEW_VARIANT = """
+from unittest import mock
+from compile_kernels import compile_variant, unknown
+from launches import PURE, Call, losses, recorded
+from logitless.backends.triton import launch
+
+hopper, bf16 = (9, 0), PURE[0]
+known, _ = recorded(hopper, losses(bf16, strategies=("stored",)))
+assert known and not unknown(recorded(hopper, [Call(bf16, "stored", sizes=(7, 24, 515), softcap=True)])[0], known)
+with mock.patch.object(launch, "input_precision", return_value="tf32"):
+    new = unknown(recorded(hopper, [Call(bf16, "stored")])[0], known)
+assert [variant.kernel for variant in new] == ["scan_kernel"], new
+assert compile_variant(hopper, known[0], machine_code=False) is None
+assert "bitcast" in compile_variant(hopper, new[0], machine_code=False)
+"""
+
+
+def test_a_variant_that_is_not_compiled_is_found():
+    """One that a change begins to ask for, here TF32 of 16-bit operands, which the compiler refuses."""
+    run = offline("-c", NEW_VARIANT)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]

@@ -191,6 +191,11 @@ CONVERTED = {
         input=problem.input.detach().expand(2, -1, -1).transpose(0, 1).requires_grad_(),
         target=problem.target.expand(2, -1).transpose(0, 1),
     ),
+    "slice": lambda problem: replace(
+        problem,
+        input=torch.stack([problem.input.detach()] * 2).requires_grad_()[:, :-1],
+        target=torch.stack([problem.target] * 2)[:, :-1],
+    ),
 }
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from enum import Enum
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +43,9 @@ def assert_names(error: pytest.ExceptionInfo, *fragments: str) -> None:
     missing = [fragment for fragment in fragments if not stands(fragment)]
     assert not missing, f"{missing} not in {message!r}"
 
+
+HEAD_OPTIONS = ("ignore_index", "softcap", "logit_scale", "gradient", "workspace", "backend")
+LOSS_OPTIONS = (*HEAD_OPTIONS, "reduction", "label_smoothing", "z_loss")
 
 # Changes to a valid call that both functions refuse: exception, and what its message must name.
 HEAD = {
@@ -106,6 +113,16 @@ HEAD = {
     "workspace negative text": ({"workspace": "-1MiB"}, ValueError, ["workspace", "-1MiB"]),
     "workspace a float": ({"workspace": 1.5}, TypeError, ["workspace", "float"]),
     "workspace a boolean": ({"workspace": True}, TypeError, ["workspace", "bool"]),
+    "workspace beyond all memory": ({"workspace": "9" * 30}, ValueError, ["workspace", "2**63"]),
+    "workspace of too many digits": ({"workspace": "9" * 400}, ValueError, ["workspace", "100 digits"]),
+    "ignore_index beyond int64": ({"ignore_index": 2**63}, ValueError, ["ignore_index", "9223372036854775808"]),
+    "ignore_index below int64": ({"ignore_index": -(2**63) - 1}, ValueError, ["ignore_index", "64 bits"]),
+    "ignore_index a tensor": ({"ignore_index": torch.tensor(3)}, TypeError, ["ignore_index", "Tensor"]),
+    "softcap beyond a float": ({"softcap": 10**400}, ValueError, ["softcap", "1329 bits"]),
+    "softcap of no precision": ({"softcap": 1e-39}, ValueError, ["softcap", "1e-39"]),
+    "logit_scale beyond fp32": ({"logit_scale": -1e39}, ValueError, ["logit_scale", "-1e+39"]),
+    "backend of no text": ({"backend": ["torch"]}, TypeError, ["backend", "torch"]),
+    "sequence_parallel a number": ({"sequence_parallel": 1}, TypeError, ["sequence_parallel", "int"]),
 }
 
 LOSS = {
@@ -116,6 +133,8 @@ LOSS = {
     "label_smoothing text": ({"label_smoothing": "0.1"}, TypeError, ["label_smoothing", "str"]),
     "z_loss negative": ({"z_loss": -0.5}, ValueError, ["z_loss", "-0.5"]),
     "z_loss not a number": ({"z_loss": float("nan")}, ValueError, ["z_loss", "nan"]),
+    "z_loss beyond fp32": ({"z_loss": 10**60}, ValueError, ["z_loss", "3.4e+38"]),
+    "z_loss a tensor": ({"z_loss": torch.tensor(0.1)}, TypeError, ["z_loss", "Tensor"]),
     "z_loss text": ({"z_loss": "0.1"}, TypeError, ["z_loss", "str"]),
     "weight not a tensor": ({"weight": [1.0] * 11}, TypeError, ["weight", "list"]),
     "weight of integers": ({"weight": torch.ones(11, dtype=torch.int64)}, TypeError, ["weight", "int64"]),
@@ -146,11 +165,15 @@ LOSS = {
     "normalizer negative": ({"normalizer": -2.0}, ValueError, ["normalizer", "-2.0"]),
     "normalizer not a number": ({"normalizer": float("nan")}, ValueError, ["normalizer", "nan"]),
     "normalizer with a dimension": ({"normalizer": torch.ones(2)}, ValueError, ["normalizer", "2"]),
+    "normalizer beyond fp32": ({"normalizer": 10**400}, ValueError, ["normalizer", "1329 bits"]),
+    "normalizer of no precision": ({"normalizer": 1e-60}, ValueError, ["normalizer", "1e-60"]),
     "normalizer text": ({"normalizer": "4"}, TypeError, ["normalizer", "str"]),
 }
 
 STATISTICS = {
     "output unknown": ({"outputs": ("nll", "perplexity")}, ValueError, ["outputs", "perplexity", "nll", "entropy"]),
+    "output unhashable": ({"outputs": (["nll"],)}, TypeError, ["outputs", "nll"]),
+    "output twice": ({"outputs": ("nll", "nll")}, ValueError, ["outputs", "twice"]),
     "no output": ({"outputs": ()}, ValueError, ["outputs", "at least one"]),
 }
 
@@ -191,6 +214,21 @@ def test_module_refuses(changes, exception, fragments):
     assert_names(error, *fragments)
 
 
+OPTIONS = {
+    name: case
+    for name, case in (HEAD | LOSS).items()
+    if not case[0].keys() & {"target", *CALL_ARGUMENTS} and not name.endswith(("too short", "another device"))
+}
+
+
+@pytest.mark.parametrize(("changes", "exception", "fragments"), refusals(OPTIONS))
+def test_module_refuses_options_when_it_is_made(changes, exception, fragments):
+    """What is wrong whatever the tensors are is not left to the first call."""
+    with pytest.raises(exception) as error:
+        logitless.LinearCrossEntropyLoss(**changes)
+    assert_names(error, *fragments)
+
+
 @pytest.mark.parametrize("function", [logitless.linear_cross_entropy, logitless.token_statistics])
 def test_what_is_no_group(function):
     with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup or None, got object"):
@@ -226,10 +264,22 @@ def test_first_bad_target_of_many(where):
     assert_names(error, "12", "2", "11")
 
 
-@pytest.mark.parametrize("text", ["64MiB", "64mib", "64 MiB", "67108864", "0.0625GiB", "67108.864KB", 2**26])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("64MiB", "64mib", "64 MiB", "67108864", "0.0625GiB", "67108.864KB", 2**26, np.int32(2**26), "64M", "65536K"),
+        *("65536k", "0.0625G", "0.00006103515625T", "0.00006103515625TiB", "67.108864MB", "0.000067108864TB"),
+    ],
+)
 def test_spellings_of_a_workspace(text):
+    """A letter alone is a power of 1024, with a B behind it one of 1000."""
     plan = logitless.plan(tokens=64, hidden=8, vocabulary=515, dtype="float32", workspace=text)
-    assert plan.workspace <= 2**26
+    assert plan.budget == 2**26
+
+
+def test_large_units_of_a_workspace():
+    sizes = {"1K": 2**10, "1M": 2**20, "1G": 2**30, "1T": 2**40, "1GB": 10**9, "1TB": 10**12, "1TiB": 2**40}
+    assert {text: validation.check_workspace(text) for text in sizes} == sizes
 
 
 def test_workspace_too_small():
@@ -237,6 +287,19 @@ def test_workspace_too_small():
     with pytest.raises(ValueError, match="needs at least") as error:
         logitless.linear_cross_entropy(**call)
     assert_names(error, "workspace", "1")
+
+
+def test_workspace_too_small_says_what_is_enough():
+    """To paste, in bytes, and to read, rounded up: both are enough."""
+    sizes = {"tokens": 4096, "hidden": 64, "vocabulary": 5000, "dtype": "bfloat16", "device": "cpu"}
+    with pytest.raises(ValueError, match="is too small") as error:
+        logitless.plan(**sizes, workspace="1.5MiB")
+    assert "workspace=1572864 bytes (1.5 MiB) is too small" in str(error.value)
+    enough = re.search(r"needs at least (\d+) bytes \((\S+ MiB)\)", str(error.value))
+    for workspace in (int(enough[1]), enough[2]):
+        logitless.plan(**sizes, workspace=workspace)
+    with pytest.raises(ValueError, match="is too small"):
+        logitless.plan(**sizes, workspace=int(enough[1]) - 1)
 
 
 PLAN = {
@@ -248,6 +311,11 @@ PLAN = {
     "dtype of integers": ({"dtype": torch.int64}, (TypeError, ValueError), ["dtype", "int64"]),
     "workspace unreadable": ({"workspace": "plenty"}, ValueError, ["workspace", "plenty"]),
     "workspace too small": ({"workspace": 1}, ValueError, ["workspace", "at least"]),
+    "device unknown": ({"device": "tpu"}, ValueError, ["device", "tpu"]),
+    "device a number": ({"device": 3.5}, TypeError, ["device", "float"]),
+    "frozen_weight text": ({"frozen_weight": "no"}, TypeError, ["frozen_weight", "str"]),
+    "frozen_input a number": ({"frozen_input": 1}, TypeError, ["frozen_input", "int"]),
+    "main_grad a tensor": ({"main_grad": torch.ones(2)}, TypeError, ["main_grad", "Tensor"]),
 }
 
 
@@ -260,6 +328,34 @@ def test_plan_refuses(changes, exception, fragments):
     assert_names(error, *fragments)
 
 
+@pytest.mark.parametrize("sizes", [{"vocabulary": 2**62}, {"tokens": 2**62}, {"hidden": 2**62}], ids=str)
+def test_plan_of_absurd_sizes_is_found(sizes):
+    """Rather than searched for window by window."""
+    plan = logitless.plan(**{"tokens": 64, "hidden": 8, "vocabulary": 515, **sizes})
+    assert plan.two_stage > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32), ("fp64", torch.float64)),
+        *(("bfloat16", torch.bfloat16), ("torch.float32", torch.float32)),
+    ],
+)
+def test_names_of_dtypes(name, dtype):
+    sizes = {"tokens": 64, "hidden": 8, "vocabulary": 515}
+    assert logitless.plan(**sizes, dtype=name, weight_dtype=name) == logitless.plan(**sizes, dtype=dtype)
+
+
+@pytest.mark.parametrize(("there", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_plan_is_for_the_device_that_is_there(monkeypatch, there, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    plan = logitless.plan(tokens=64, hidden=8, vocabulary=515)
+    assert plan.device_type == expected
+    assert f"on {expected} " in str(plan)
+    assert logitless.plan(tokens=64, hidden=8, vocabulary=515, device="cpu").device_type == "cpu"
+
+
 SAMPLED = {
     "threshold zero": ({"threshold": 0.0}, ValueError, ["threshold", "0.0"]),
     "threshold above one": ({"threshold": 1.5}, ValueError, ["threshold", "1.5"]),
@@ -267,6 +363,10 @@ SAMPLED = {
     "threshold text": ({"threshold": "0.1"}, TypeError, ["threshold", "str"]),
     "scan unknown": ({"scan": "int3"}, ValueError, ["scan", "int3", "input"]),
     "generator a seed": ({"generator": 17}, TypeError, ["generator", "int"]),
+    "threshold beyond a float": ({"threshold": 10**400}, ValueError, ["threshold", "1329 bits"]),
+    "threshold of no precision": ({"threshold": 5e-324}, ValueError, ["threshold", "1.2e-38"]),
+    "threshold a tensor": ({"threshold": torch.tensor(0.5)}, TypeError, ["threshold", "Tensor"]),
+    "scan a list": ({"scan": ["fp8"]}, TypeError, ["scan", "fp8"]),
 }
 
 
@@ -309,3 +409,85 @@ def test_tokens_sharded_elsewhere_than_along_the_first_dimension(target):
 def test_tokens_sharded_along_the_first_dimension():
     target = torch.zeros(6, 2, dtype=torch.long)
     validation.check_head(torch.ones(3, 2, 5), torch.ones(7, 5), target, None, sharded_rows=True)
+
+
+# --- values of every kind for every argument --------------------------------------------------------------------------
+
+
+class Names(str, Enum):
+    """Strings of a class of their own."""
+
+    MEAN = "mean"
+    NLL = "nll"
+    NONESUCH = "nonesuch"
+
+
+class Word(str):
+    """Likewise."""
+
+
+HOSTILE = [
+    *(sign * 10**power for power in (19, 60, 400, 5000) for sign in (1, -1)),
+    *(2**63, -(2**63) - 1, 2**70, 1e300, -1e300, 5e-324, 1e-39, float("nan"), float("inf"), -float("inf"), True, False),
+    *(np.float16(0.5), np.float32(0.25), np.float64("nan"), np.longdouble("1e400"), np.int64(3), np.uint64(2**64 - 1)),
+    *(np.bool_(True), np.array([1, 2]), np.array("nll"), Fraction(1, 3), Fraction(10**400), 1j, b"1", "9" * 400),
+    *("9" * 5000, "1e400MiB", "-1", "", Word("sum"), *Names, [], (), {}, (["nll"],), ["nll", Names.NLL], [10**5000]),
+    *(torch.tensor(1), torch.tensor(0.5), torch.tensor([1.0, 2.0]), object(), torch.float32, logitless.Sampled),
+]
+ON_CALL = ("linear_bias", "main_grad", "adapter", "group", "sequence_parallel")
+ARGUMENTS = {
+    logitless.linear_cross_entropy: (*LOSS_OPTIONS, *ON_CALL, "weight", "token_weight", "normalizer"),
+    logitless.token_statistics: (*HEAD_OPTIONS, *ON_CALL, "outputs"),
+    logitless.LinearCrossEntropyLoss: (*LOSS_OPTIONS, "weight", "group", "sequence_parallel"),
+    logitless.sampling_report: (*HEAD_OPTIONS, "draws", "label_smoothing", "z_loss", "weight", "token_weight"),
+    logitless.plan: tuple(inspect.signature(logitless.plan).parameters),
+    logitless.check_targets: ("vocabulary", "ignore_index", "target"),
+    logitless.count_tokens: ("ignore_index", "target", "weight", "group"),
+    logitless.Sampled: ("threshold", "scan", "generator"),
+}
+VALID = {
+    logitless.plan: {"tokens": 64, "hidden": 8, "vocabulary": 515},
+    logitless.check_targets: {"target": torch.zeros(4, dtype=torch.int64), "vocabulary": 11},
+    logitless.count_tokens: {"target": torch.zeros(4, dtype=torch.int64)},
+    logitless.sampling_report: arguments(draws=2),
+    logitless.LinearCrossEntropyLoss: {},
+    logitless.Sampled: {},
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [pytest.param(f, name, id=f"{f.__name__}-{name}") for f, names in ARGUMENTS.items() for name in names],
+)
+def test_values_of_every_kind(function, name):
+    """Each is taken, or refused by an error of one line, not a long one, that names the argument."""
+    for value in HOSTILE:
+        message = refusal(function, {**VALID.get(function, arguments()), name: value})
+        assert message is None or re.search(rf"(?<!\w){name}(?!\w)", message), message
+        assert message is None or ("\n" not in message and len(message) < 600)
+
+
+def refusal(function, given: dict[str, object]) -> str | None:
+    """The message of a ``TypeError`` or ``ValueError``, None where there is none."""
+    try:
+        function(**given)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def test_numbers_of_numpy_are_numbers():
+    loss = logitless.linear_cross_entropy(
+        **arguments(
+            label_smoothing=np.float32(0.5),
+            z_loss=np.float64(0.25),
+            softcap=np.int8(3),
+            logit_scale=Fraction(1, 2),
+            normalizer=np.int16(5),
+            ignore_index=np.int64(7),
+            workspace=np.int64(2**20),
+            reduction=Names.MEAN,
+        )
+    )
+    plain = {"label_smoothing": 0.5, "z_loss": 0.25, "softcap": 3, "logit_scale": 0.5, "normalizer": 5}
+    assert loss == logitless.linear_cross_entropy(**arguments(**plain, ignore_index=7, workspace="1MiB"))

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from torch import Tensor
 
 import logitless
-from kernels import DEVICE, Head
+from kernels import DEVICE, DTYPES, Head, fp32_precision
 from logitless.backends.contract import Problem
 from logitless.backends.triton import selection, tiles
 from logitless.backends.triton.dense import new_statistics
@@ -26,7 +26,7 @@ from logitless.backends.triton.launch import Tables, table_rows
 from logitless.backends.triton.pairs import list_tiles_kernel, start_tiles_kernel
 from logitless.backends.triton.rows import order_rows
 from logitless.backends.triton.selection import GROUP, Selection, residuals
-from logitless.options import BLOCK
+from logitless.options import BLOCK, Scan
 from logitless.sampling import block_count, kept_pairs_bound, most_sampled
 from problems import generator, random_problem
 from tolerance import loss_and_gradients
@@ -77,18 +77,18 @@ def select(
 ) -> tuple[list[list[tuple[int, bool]]], tuple[Tensor, ...]]:
     """By block its pairs' rows, and whether each is listed for its target alone; and what the kernels left.
 
-    Log-sum-exps are ``shift`` too small, which makes masses of that many octaves too large.
+    Log-sums are ``shift`` too small, which makes masses of that many octaves too large.
     """
     rows = order_rows(problem.target, problem.counted)
     statistics = replace(
-        new_statistics(problem), logsumexp=torch.full((ROWS,), -shift * LOG2, dtype=torch.float32, device=DEVICE)
+        new_statistics(problem), log_sum=torch.full((ROWS,), -shift * LOG2, dtype=torch.float32, device=DEVICE)
     )
     selected, start = Selection(problem, rows), 0
     packed = log_masses.to(DEVICE)[:, rows.order.long()]
     for size in chunks:
-        table = torch.zeros(BLOCKS, table_rows(size), device=DEVICE)
-        table[:, :size] = packed[:, start : start + size]
-        selected.add(Tables(table, None, None, None, None), start, size, statistics)
+        sums = torch.zeros(2, BLOCKS, table_rows(size), device=DEVICE)
+        sums[1, :, :size] = packed[:, start : start + size]
+        selected.add(Tables(sums), start, size, statistics)
         start += size
     left = selected.listed()
     pairs, starts = (tensor.cpu() for tensor in left)
@@ -222,9 +222,11 @@ def test_room_is_that_of_the_plan():
 # --- the products over pairs ------------------------------------------------------------------------------------------
 
 
-def sampled_gradients(frozen: str | None = None, **options) -> dict[str, Tensor]:
+def sampled_gradients(
+    frozen: str | None = None, dtype: torch.dtype = torch.float32, scan: Scan = "input", **options
+) -> dict[str, Tensor]:
     """Loss and gradients of a problem whose blocks have many pairs, few and none; two slices of the hidden size."""
-    problem = random_problem(90, 40, BLOCK * 5 + 60).to(torch.float32).with_options(reduction="sum", **options)
+    problem = random_problem(90, 40, BLOCK * 5 + 60).to(dtype).with_options(reduction="sum", **options)
     problem.target[::9] = -100
     if frozen is not None:
         problem = replace(problem, **{frozen: getattr(problem, frozen).detach()})
@@ -233,7 +235,7 @@ def sampled_gradients(frozen: str | None = None, **options) -> dict[str, Tensor]
         logitless.linear_cross_entropy,
         problem,
         backend="triton",
-        gradient=logitless.Sampled(1 / 2, generator=generator(2)),
+        gradient=logitless.Sampled(1 / 2, scan=scan, generator=generator(2)),
     )
 
 
@@ -269,3 +271,17 @@ def test_gradients_wanted_alone(frozen):
     assert alone.keys() == together.keys() - {frozen}
     for name, value in alone.items():
         torch.testing.assert_close(value, together[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", ["input", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp32_precision_reaches_fp32_alone(dtype, scan, deterministic):
+    """Under "high" 16 bits and a scan in eight are as they were; fp32 gradients are those of products in TF32."""
+    expected = sampled_gradients(dtype=dtype, scan=scan, label_smoothing=0.25)
+    with fp32_precision("high"):
+        given = sampled_gradients(dtype=dtype, scan=scan, label_smoothing=0.25)
+    for name, value in expected.items():
+        if dtype == torch.float32:
+            assert 0 < (given[name] - value).norm() <= 2.0**-8 * value.norm(), name
+        else:
+            assert torch.equal(given[name], value), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.resources
 import inspect
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import logitless
+from logitless.cli import main
 
 PACKAGE = Path(logitless.__file__).parent
 
@@ -65,8 +67,16 @@ def test_every_argument_is_documented(function):
     assert not missing
 
 
-def test_version_is_text():
-    assert logitless.__version__[0].isdigit()
+def test_version_is_that_of_the_package(capsys):
+    """As installed; a source tree that is not installed has none."""
+    try:
+        expected = importlib.metadata.version("logitless")
+    except importlib.metadata.PackageNotFoundError:
+        expected = "0+unknown"
+    assert logitless.__version__ == expected
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"logitless {expected}\n"
 
 
 def test_signature_begins_with_that_of_pytorch():
@@ -163,6 +173,7 @@ RANKS = (
     {"schedules", "sharding", "dtensors"},
     {"backends", "sampling", "quantisation"},
     {"options", "precision"},
+    {"arguments", "transforms"},
 )
 
 

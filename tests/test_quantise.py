@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from kernels import DEVICE, DTYPES
 from logitless.backends.triton import quantise as kernels
 from logitless.backends.triton.quantise import loud_channels, new_operand, operand_width, quantise_rows
-from logitless.quantisation import LARGEST, LEAST_SCALE, LOUD, quantise
+from logitless.quantisation import LARGEST, LEAST_SCALE, LOUD, mean_row, quantise
 from logitless.quantisation import loud_channels as expected_channels
 from problems import generator
 
@@ -31,11 +31,15 @@ def test_operand(size, dtype, weight):
     rows, columns = size
     matrix = matrix_of(rows, columns, dtype)
     channels = expected_channels(matrix)
-    values, scale = new_operand(rows, columns, matrix.device)
+    mean = mean_row(matrix)
+    operand = new_operand(rows, columns, matrix.device, weight=weight)
+    values, scale = operand.values, operand.scales
     assert values.shape == (rows, operand_width(columns))
     assert operand_width(columns) % 16 == 0
-    quantise_rows(matrix, channels, values, scale, weight=weight)
-    expected = quantise(matrix, channels)
+    quantise_rows(matrix, channels, mean, operand)
+    expected = quantise(matrix.float() - mean if weight else matrix, channels)
+    if operand.shifts is not None:
+        torch.testing.assert_close(operand.shifts, matrix.float() @ mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scale, expected.scale, rtol=2e-7, atol=0)
     assert torch.equal(values[:, :columns].float(), expected.values.float())
     count, parts = channels.shape[0], [expected.values[:, channels], expected.left_over]
@@ -48,14 +52,17 @@ def test_operand(size, dtype, weight):
 
 def test_rows_wider_than_a_program_takes_at_once(monkeypatch):
     matrix = matrix_of(4, 200)
-    whole, scale = new_operand(4, 200, matrix.device)
-    channels = torch.arange(LOUD, device=DEVICE)
-    quantise_rows(matrix, channels, whole, scale, weight=True)
-    monkeypatch.setattr(kernels, "WIDEST", 64)
-    parts, scale_of_parts = new_operand(4, 200, matrix.device)
-    quantise_rows(matrix, channels, parts, scale_of_parts, weight=True)
-    assert torch.equal(scale, scale_of_parts)
-    assert torch.equal(whole.view(torch.uint8), parts.view(torch.uint8))
+    channels, mean = torch.arange(LOUD, device=DEVICE), mean_row(matrix)
+    for weight in (True, False):
+        monkeypatch.undo()
+        whole, parts = (new_operand(4, 200, matrix.device, weight=weight) for _ in range(2))
+        quantise_rows(matrix, channels, mean, whole)
+        monkeypatch.setattr(kernels, "WIDEST", 64)
+        quantise_rows(matrix, channels, mean, parts)
+        assert torch.equal(whole.scales, parts.scales)
+        assert torch.equal(whole.values.view(torch.uint8), parts.values.view(torch.uint8))
+        if whole.shifts is not None and parts.shifts is not None:
+            torch.testing.assert_close(whole.shifts, parts.shifts, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_without_numbers():
@@ -65,8 +72,9 @@ def test_rows_without_numbers():
     matrix[4] = 2.0**-120
     matrix[1, 3] = torch.inf
     matrix[2, 3] = torch.nan
-    values, scale = new_operand(5, 16, matrix.device)
-    quantise_rows(matrix, torch.arange(16, device=DEVICE), values, scale, weight=False)
+    operand = new_operand(5, 16, matrix.device, weight=False)
+    values, scale = operand.values, operand.scales
+    quantise_rows(matrix, torch.arange(16, device=DEVICE), torch.zeros(16, device=DEVICE), operand)
     assert scale[0] == scale[4] == LEAST_SCALE
     assert not values[[0, 4], :16].float().any()
     products = values[:, :16].float().sum(1) * scale

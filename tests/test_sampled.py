@@ -156,6 +156,8 @@ def test_kernels_take_the_torch_backends_sample(name, data):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("for Triton's interpreter, which takes tensors on the CPU")
+    if data == "offset" and "softcap" in OPTIONS[name]:
+        pytest.skip("a cap of 3 on logits of 48 leaves gradients of the size of rounding")
     problem = problem_of(data).with_options(**OPTIONS[name]).to(torch.float32)
     ours, expected = (
         loss_and_gradients(

@@ -34,7 +34,7 @@ def floor(exact: Tensor, accumulated: Tensor, ours: Tensor) -> float:
     - One rounding to the dtype of the result, at most half an ulp of each element (half the spacing of subnormals for
       the smallest). Both sides round, but not to the same side.
     - Four times the error of ``accumulated``: the same quantity from full logits in the accumulation precision, formed
-      from log-sum-exp and target logit as a fused operator must, nothing ever rounded to the input's dtype. Its error
+      relative to the largest logit as a fused operator must, nothing ever rounded to the input's dtype. Its error
       is one draw from the distribution of rounding errors under one order of summation. Four roundings stand between
       operands and result (product, exponential, its sum, second product), and another order draws each anew: their
       magnitudes add up to no more than four such draws.

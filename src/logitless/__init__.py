@@ -4,6 +4,8 @@
 per-token likelihood, entropy and more; ``plan`` says beforehand what memory a call needs.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from logitless.functional import TokenStatistics as TokenStatistics
 from logitless.functional import check_targets as check_targets
 from logitless.functional import count_tokens as count_tokens
@@ -35,4 +37,8 @@ __all__ = [
     "token_statistics",
     "unpatch",
 ]
-__version__ = "0.1.0.dev0"
+
+try:
+    __version__ = version("logitless")
+except PackageNotFoundError:  # a source tree on the path, of which nothing is installed
+    __version__ = "0+unknown"

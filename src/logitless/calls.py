@@ -42,13 +42,16 @@ class Tokens:
 
     @classmethod
     def of(cls, target: torch.Tensor, vocabulary: int, ignore_index: int) -> Tokens:
-        flat = target.detach().reshape(-1).long()
+        flat = validation.indices(target, ignore_index)
         keep = flat != ignore_index
         if flat.device.type == "cpu" and not torch.compiler.is_compiling():
-            validation.check_targets_in_range(flat, vocabulary, ignore_index)
+            validation.check_targets_in_range(target, vocabulary, ignore_index)
             rows = None if keep.all() else keep.nonzero()[:, 0]
             kept = flat if rows is None else flat[rows]
-            return cls(kept, rows, torch.ones(kept.shape[0]), None, flat.shape[0])
+            if kept.is_inference() and torch.is_grad_enabled():
+                kept = kept.clone()  # as autograd saves no tensor of inference mode, and generated tokens often are
+            ones = torch.ones(kept.shape[0], dtype=torch.float32, device=kept.device)
+            return cls(kept, rows, ones, None, flat.shape[0])
         inside = (flat >= 0) & (flat < vocabulary)
         counted = keep.float().masked_fill(keep & ~inside, torch.nan)
         return cls(torch.where(keep & inside, flat, 0), None, counted, keep, flat.shape[0])
@@ -101,11 +104,13 @@ class Operands:
     def of(cls, input: torch.Tensor, linear_weight: torch.Tensor, adapter: Adapter | None) -> Operands:
         if adapter is None:
             return cls(input, linear_weight)
-        low, appended = (part.to(of.dtype) for part, of in zip(adapter, (input, linear_weight), strict=True))
-        hidden = torch.cat((input, low), -1)
-        if linear_weight.requires_grad or not appended.requires_grad or torch.compiler.is_compiling():
-            return cls(hidden, torch.cat((linear_weight, appended), 1))
-        return cls(hidden, torch.cat((linear_weight, appended.detach()), 1), appended)
+        low, appended = adapter
+        with torch.autocast(input.device.type, enabled=False):  # it takes over torch.cat, and knows one narrow dtype
+            hidden = torch.cat((input, low.to(input.dtype)), -1)
+            if linear_weight.requires_grad or not appended.requires_grad or torch.compiler.is_compiling():
+                return cls(hidden, torch.cat((linear_weight, appended.to(linear_weight.dtype)), 1))
+            columns = appended.detach().to(linear_weight.dtype)
+            return cls(hidden, torch.cat((linear_weight, columns), 1), appended)
 
     @property
     def trained(self) -> torch.Tensor:
@@ -143,13 +148,11 @@ def checked_head(given: dtensors.Arguments, softcap: float | None, logit_scale: 
         least_vocabulary=1 if given.group is None else 0,
         sharded_rows=given.sequence_parallel,
     )
-    if softcap is not None:
-        validation.check_number("softcap", softcap, above=0)
-    validation.check_number("logit_scale", logit_scale)
+    head = HeadOptions(validation.check_logit_scale(logit_scale), validation.check_softcap(softcap))
     main_grad, weight = tensors["main_grad"], tensors["linear_weight"]
     if main_grad is not None:
         validation.check_main_grad(main_grad, weight)
-    return HeadOptions(logit_scale, softcap)
+    return head
 
 
 def meet(
@@ -199,7 +202,6 @@ def meet(
         rank=meeting.group.rank(),
         sizes=sizes,
         rows=rows if given.sequence_parallel else None,
-        sums=given.sums_hidden,
     )
 
 
@@ -228,7 +230,9 @@ def evaluate(
     layout: sharding.Layout | None,
 ) -> tuple[torch.Tensor, ...]:
     """Plan the call and make it."""
-    hidden, weight = operands.hidden.reshape(-1, operands.hidden.shape[-1]), operands.weight
+    hidden, weight = operands.hidden, operands.weight
+    if layout is not None or torch.compiler.is_compiling():
+        hidden = hidden.reshape(-1, hidden.shape[-1])
     wants = _wanted(operands, linear_bias)
     main_grad = options.main_grad if wants[1] else None
     sampled, head = options.sampled, options.head
@@ -274,7 +278,6 @@ def evaluate(
     call = operators.Call(
         shape=shape,
         plan=plan,
-        target=target,
         rows=tokens.rows,
         total_rows=tokens.total,
         head=head,
@@ -287,7 +290,7 @@ def evaluate(
         appended=None if operands.appended is None else trained.dtype,
         gathers_again=layout is not None and _gathers_again(shape, plan, layout, options.workspace),
     )
-    return operators.apply(hidden, weight, linear_bias, call, operands.appended)
+    return operators.apply(hidden, weight, linear_bias, target, call, operands.appended)
 
 
 def _gathers_again(shape: Shape, plan: planning.Plan, layout: sharding.Layout, workspace: int | None) -> bool:

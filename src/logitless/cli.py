@@ -11,13 +11,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import logitless
 from logitless.demo.config import TrainConfig, add_flags, given_flags, with_flags
 from logitless.demo.errors import InputError
 from logitless.demo.study import FIXED, RUNS, SGD_LEARNING_RATE, STUDY
+from logitless.options import REDUCTIONS
+from logitless.validation import dtype_name
 
 if TYPE_CHECKING:
     Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+BYTES = "such as 512MiB, 2GB or 1.5G; G alone is GiB, and so are K, M and T"
+RUN_FOLDER = "the text's tokens are kept beside it, in .tokens, for later runs"
 DEMO_MODULES = ("matplotlib", "mistral_common", "numpy", "psutil", "rich")
 BENCH_MODULES = ("matplotlib", "psutil", "rich")
 CONVERGE_MODULES = ("matplotlib", "numpy", "psutil", "rich")
@@ -36,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="logitless", description="Train language models without logits, and see what that saves."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {logitless.__version__}")
     subcommands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
     _add_demo(subcommands)
     _add_train(subcommands)
@@ -63,7 +69,9 @@ def _add_demo(subcommands: Subcommands) -> None:
         "a CPU (a few minutes), a larger one on a GPU.",
     )
     add_flags(parser, TrainConfig(), without=("head", "eval_every", "checkpoint_every"), show_defaults=False)
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder for the results (default: runs/demo-TIME)")
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help=f"folder for the results (default: runs/demo-TIME); {RUN_FOLDER}"
+    )
     parser.set_defaults(run=_demo)
 
 
@@ -86,7 +94,9 @@ def _add_train(subcommands: Subcommands) -> None:
     )
     add_flags(parser, TrainConfig())
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of a new run (default: runs/train-TIME)")
+    folder.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help=f"folder of a new run (default: runs/train-TIME); {RUN_FOLDER}"
+    )
     folder.add_argument("--resume", type=Path, metavar="DIR", help="folder of a run to go on with, as it was set up")
     processes = parser.add_argument_group("several processes", "torchrun --nproc-per-node DP*TP -m logitless train ...")
     processes.add_argument("--dp", type=int, default=1, metavar="N", help="parts of each batch, by FSDP2 (default: 1)")
@@ -170,7 +180,12 @@ def _add_bench(subcommands: Subcommands) -> None:
     )
     parser.add_argument("--cases", nargs="+", default=["gpt2", "tekken"], metavar="CASE", help="default: gpt2 tekken")
     parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+        "--dtypes",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        type=dtype_name,
+        choices=["float32", "bfloat16", "float16"],
+        help="default: float32 bfloat16; fp32, bf16 and fp16 for short",
     )
     parser.add_argument("--peers", nargs="+", default=None, metavar="PEER", help="default: all that can run here")
     parser.add_argument("--list", action="store_true", help="list cases and peers, and what peers lack here; then stop")
@@ -185,9 +200,13 @@ def _add_bench(subcommands: Subcommands) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--trained-head", type=Path, metavar="FILE", help="a trained model's hidden states and head")
-    parser.add_argument("--workspace", metavar="BYTES", help="also measure this library within these, such as 512MiB")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the results; a figure beside it")
+    parser.add_argument(
+        "--trained-head", type=Path, metavar="FILE", help="a trained model's hidden states and head, for cases of one"
+    )
+    parser.add_argument("--workspace", metavar="BYTES", help=f"also measure this library within these: {BYTES}")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON file for the results; a figure beside it, ending in .png"
+    )
     parser.set_defaults(run=_bench)
 
 
@@ -196,29 +215,19 @@ def _bench(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from logitless import validation
     from logitless.bench.cases import CASES
     from logitless.bench.peers import PEERS
-    from logitless.bench.run import BenchConfig, run_bench
+    from logitless.bench.run import BenchConfig, check_device, run_bench
     from logitless.bench.table import print_choices
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.list:
-        print_choices(Console(), CASES, PEERS, torch.device(device))
+        print_choices(Console(), CASES, PEERS, check_device(device))
         return 0
-    peers = arguments.peers or list(PEERS)
-    for flag, given, known in (("--cases", arguments.cases, CASES), ("--peers", peers, PEERS)):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise InputError(f"{flag} must be among {', '.join(map(repr, known))}, got {unknown[0]!r}")
-    try:
-        validation.check_workspace(arguments.workspace)
-    except ValueError as error:
-        raise InputError(f"--{error}") from error
     config = BenchConfig(
         cases=tuple(arguments.cases),
         dtypes=tuple(arguments.dtypes),
-        peers=tuple(peers),
+        peers=tuple(arguments.peers or PEERS),
         rounds=arguments.rounds,
         threads=arguments.threads,
         seed=arguments.seed,
@@ -241,17 +250,22 @@ def _add_plan(subcommands: Subcommands) -> None:
     parser.add_argument("--tokens", type=int, required=True, help="N, rows of hidden states")
     parser.add_argument("--hidden", type=int, required=True, help="D, hidden size")
     parser.add_argument("--vocabulary", type=int, required=True, help="V, rows of the head")
-    parser.add_argument("--dtype", default="bfloat16", help="of hidden states and head (default: bfloat16)")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--reduction", default="mean", help="mean, sum or none (default: mean)")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        help="of hidden states and head: bfloat16, float16, float32, float64, or bf16, fp16, fp32, fp64 "
+        "(default: bfloat16)",
+    )
+    parser.add_argument(
+        "--device", default=None, help="cpu, cuda or another, here or not (default: cuda where there is one, else cpu)"
+    )
+    parser.add_argument("--reduction", default="mean", choices=REDUCTIONS, help="default: mean")
     parser.add_argument("--sampled", action="store_true", help="the sampled gradient")
-    parser.add_argument("--workspace", help="bytes allowed, such as 512MiB")
+    parser.add_argument("--workspace", metavar="BYTES", help=f"allowed at most: {BYTES}")
     parser.set_defaults(run=_plan)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    import logitless
-
     try:
         plan = logitless.plan(
             tokens=arguments.tokens,
@@ -261,10 +275,10 @@ def _plan(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             reduction=arguments.reduction,
             gradient=logitless.Sampled() if arguments.sampled else "exact",
-            workspace=int(arguments.workspace) if (arguments.workspace or "").isdigit() else arguments.workspace,
+            workspace=arguments.workspace,
         )
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    except ValueError as error:  # begins with the argument's name, which is the flag's
+        raise InputError(f"--{error}") from error
     print(plan)
     return 0
 
@@ -279,7 +293,7 @@ def _add_tune(subcommands: Subcommands) -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="N of the problem to time (default: 8192)")
     parser.add_argument("--hidden", type=int, default=4096, help="D (default: 4096)")
     parser.add_argument("--vocabulary", type=int, default=65536, help="V (default: 65536)")
-    parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16; bf16, fp16 and fp32 for short")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds, every candidate in turn (default: 7)")
     parser.add_argument("--output", type=Path, default=Path("logitless-tiles.json"), metavar="FILE")
     parser.set_defaults(run=_tune)

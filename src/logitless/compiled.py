@@ -133,7 +133,6 @@ def _call(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    target: torch.Tensor,
     counted: torch.Tensor | None,
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
@@ -143,10 +142,10 @@ def _call(
     """The call that the operators' arguments stand for, planned."""
     settings = text.settings
     if text.loss is None:
-        objective: LossObjective | StatisticsObjective = StatisticsObjective(text.outputs, scale)
+        objective: LossObjective | StatisticsObjective = StatisticsObjective(text.outputs, counted, scale)
     else:
         mass = 1.0 if smoothing is None else smoothing.sum()
-        objective = LossObjective(text.loss, scale, class_weight, mass)
+        objective = LossObjective(text.loss, counted, scale, class_weight, mass)
     shape = Shape.of(
         hidden,
         weight,
@@ -168,7 +167,6 @@ def _call(
     return Call(
         shape=shape,
         plan=planning.choose(shape, backend, objective.scalar, settings.workspace, settings.forced),
-        target=target,
         rows=None,
         total_rows=shape.tokens,
         head=settings.head,
@@ -194,8 +192,8 @@ def linear_head(
     text: str,
 ) -> list[torch.Tensor]:
     """The objective's outputs, then what the gradient needs: see ``_saved``."""
-    call = _call(_read(text), hidden, weight, bias, target, counted, scale, class_weight, smoothing, offsets)
-    outputs, statistics, prepared = evaluate(call, hidden, weight, bias)
+    call = _call(_read(text), hidden, weight, bias, counted, scale, class_weight, smoothing, offsets)
+    outputs, statistics, prepared = evaluate(call, hidden, weight, bias, target)
     return [*outputs, *_saved(statistics, prepared)]
 
 
@@ -203,8 +201,8 @@ def _saved(statistics: Statistics, prepared: Gradients | None) -> list[torch.Ten
     """Prepared gradients where there are, else statistics that coefficients are made of, and residuals."""
     if prepared is not None:
         return [g for g in (prepared.hidden, prepared.weight, prepared.bias) if g is not None]
-    mean = [] if statistics.mean_logit is None else [statistics.mean_logit]
-    return [statistics.logsumexp, statistics.target_logit, *mean, *statistics.residuals]
+    gap = [] if statistics.mean_gap is None else [statistics.mean_gap]
+    return [statistics.peak, statistics.log_sum, statistics.target_logit, *gap, *statistics.residuals]
 
 
 @linear_head.register_fake
@@ -221,7 +219,7 @@ def _(
     text: str,
 ) -> list[torch.Tensor]:
     read = _read(text)
-    call = _call(read, hidden, weight, bias, target, counted, scale, class_weight, smoothing, offsets)
+    call = _call(read, hidden, weight, bias, counted, scale, class_weight, smoothing, offsets)
     shape, dtype = call.shape, read.statistics_dtype
 
     def rows(kind: torch.dtype) -> torch.Tensor:
@@ -237,7 +235,7 @@ def _(
         sizes = ((shape.tokens, shape.hidden), (shape.vocabulary, shape.hidden), (shape.vocabulary,))
         prepared = [size for size, wanted in zip(sizes, read.settings.wants, strict=True) if wanted]
         return [*outputs, *(hidden.new_empty(size, dtype=dtype) for size in prepared)]
-    statistics = [rows(dtype) for _ in range(3 if "mean_logit" in shape.statistics else 2)]
+    statistics = [rows(dtype) for _ in range(4 if "mean_gap" in shape.statistics else 3)]
     left = backends.load(call.plan.backend).residuals(shape, call.plan.schedule) if shape.any_gradient else []
     return [*outputs, *statistics, *(hidden.new_empty(size, dtype=kind) for size, kind in left)]
 
@@ -260,18 +258,19 @@ def linear_head_backward(
 ) -> list[torch.Tensor]:
     """The gradients that are wanted, in their tensors' dtypes, from upstream gradients of the outputs ``given``."""
     read = _read(text)
-    call = _call(read, hidden, weight, bias, target, counted, scale, class_weight, smoothing, offsets)
-    mean = "mean_logit" in call.shape.statistics
+    call = _call(read, hidden, weight, bias, counted, scale, class_weight, smoothing, offsets)
+    gap = "mean_gap" in call.shape.statistics
     statistics = Statistics(
-        logsumexp=saved[0],
-        target_logit=saved[1],
-        mean_logit=saved[2] if mean else None,
-        residuals=tuple(saved[2 + mean :]),
+        peak=saved[0],
+        log_sum=saved[1],
+        target_logit=saved[2],
+        mean_gap=saved[3] if gap else None,
+        residuals=tuple(saved[3 + gap :]),
     )
     by_output: list[torch.Tensor | None] = [None] * (1 if read.loss is not None else len(read.outputs))
     for index, grad in zip(given, upstream, strict=True):
         by_output[index] = grad
-    gradients = differentiate(call, hidden, weight, bias, statistics, tuple(by_output))
+    gradients = differentiate(call, hidden, weight, bias, target, statistics, tuple(by_output))
     tensors = ((gradients.hidden, hidden), (gradients.weight, weight), (gradients.bias, bias))
     return [g.to(of.dtype) for g, of in tensors if g is not None and of is not None]
 
@@ -298,10 +297,11 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     *tensors, text = inputs
+    hidden, weight, bias, _, *others = tensors
     read = _read(text)
     count = 1 if read.loss is not None else len(read.outputs)
     ctx.text, ctx.count = text, count
-    ctx.prepared = _call(read, *tensors).plan.strategy == "chunked"
+    ctx.prepared = _call(read, hidden, weight, bias, *others).plan.strategy == "chunked"
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[count:])
 

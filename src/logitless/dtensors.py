@@ -33,15 +33,15 @@ class Arguments:
         tensors: by name, not yet checked; None where not given.
         group: over which the vocabulary is sharded, or None.
         sequence_parallel: whether the hidden states are sharded over it.
-        sums_hidden: whether the operator sums the gradient of the hidden states over the group; a DTensor of partial
-            sums does it by itself.
+        sharded_dimension: of the hidden states' leading shape, along which a DTensor has them sharded over the group;
+            it was moved to the front.
         tokens_apart: whether ranks that are not of the group have tokens of their own.
     """
 
     tensors: dict[str, Any]
     group: ProcessGroup | None
     sequence_parallel: bool
-    sums_hidden: bool = True
+    sharded_dimension: int = 0
     tokens_apart: bool = False
 
     def local(self) -> Arguments:
@@ -54,6 +54,10 @@ class Arguments:
         if not any(is_dtensor(tensor) for tensor in self.tensors.values()):
             return self
         return _localised(self)
+
+    def moved_back(self, result: torch.Tensor) -> torch.Tensor:
+        """A result for each token, in the shape of the target that was given."""
+        return result.movedim(0, self.sharded_dimension)
 
 
 def is_dtensor(value: object) -> TypeIs[DTensor]:
@@ -107,24 +111,30 @@ def _localised(given: Arguments) -> Arguments:
         if is_dtensor(tensor):
             spread = tensor.redistribute(placements=placed(Shard(0)))
             tensors[name] = spread.to_local(grad_placements=gradient(Shard(0)))
-    sums = True
+    sequence_parallel, moved = given.sequence_parallel, 0
     if is_dtensor(hidden):
-        places = [Replicate() if d == vocabulary else place for d, place in enumerate(hidden.placements)]
-        sums = vocabulary is None or hidden.placements[vocabulary].is_replicate()
-        summed = [Partial() if d == vocabulary and not sums else place for d, place in enumerate(places)]
-        tensors["input"] = hidden.redistribute(placements=places).to_local(grad_placements=summed)
+        # The operator itself gathers the hidden states and sums their gradient, so that it is rounded once.
+        tensors["input"] = hidden.to_local(grad_placements=hidden.placements)
+        place = Replicate() if vocabulary is None else hidden.placements[vocabulary]
+        sequence_parallel = isinstance(place, Shard)
+        moved = place.dim % hidden.ndim if isinstance(place, Shard) else 0
     for name in TOKENS_FIRST:
         tensor = tensors.get(name)
         if is_dtensor(tensor):
             places = [Replicate() if d == vocabulary else place for d, place in enumerate(tensor.placements)]
             tensors[name] = tensor.redistribute(placements=places).to_local()
+    if moved:
+        for name in ("input", *TOKENS_FIRST):
+            tensor = tensors.get(name)
+            if isinstance(tensor, torch.Tensor) and moved < tensor.ndim:  # of other shapes: they are refused later
+                tensors[name] = tensor.movedim(moved, 0)
     group = None if vocabulary is None else mesh.get_group(vocabulary)
     return replace(
         given,
         tensors=tensors,
         group=group,
-        sequence_parallel=given.sequence_parallel and not is_dtensor(hidden) and group is not None,
-        sums_hidden=sums,
+        sequence_parallel=sequence_parallel and group is not None,
+        sharded_dimension=moved,
         tokens_apart=any(kind == "own" and mesh.size(d) > 1 for d, kind in enumerate(tokens)),
     )
 

@@ -6,13 +6,14 @@ Shapes: ``...`` any leading shape with N elements in all, D hidden, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
 
 from logitless import dtensors, sharding, validation
+from logitless.arguments import check_size
 from logitless.calls import (
     Adapter,
     CallOptions,
@@ -26,8 +27,9 @@ from logitless.calls import (
     meet,
     statistics_dtype,
 )
-from logitless.objective import LossObjective, StatisticsObjective
+from logitless.objective import LossObjective, StatisticsObjective, select
 from logitless.options import Backend, FloatOutput, IntegerOutput, LossOptions, Reduction, Sampled
+from logitless.transforms import not_scriptable
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class TokenStatistics:
     target_rank: torch.Tensor | None = None
 
 
+@not_scriptable
 def linear_cross_entropy(
     input: torch.Tensor,  # [..., D]
     linear_weight: torch.Tensor,  # [V, D]
@@ -97,7 +100,8 @@ def linear_cross_entropy(
         weight: class weights [V].
         reduction: ``"mean"``: the sum divided by the sum of class weights over tokens that count (their number without
             class weights); ``"sum"``; ``"none"``: per token, in the shape of ``target``.
-        ignore_index: tokens with this target cost nothing and count for nothing. Any integer, also one in [0, V).
+        ignore_index: tokens with this target cost nothing and count for nothing. Any integer of 64 bits, also one in
+            [0, V).
         label_smoothing: in [0, 1].
         token_weight: [...] multiplies each token's loss; does not change what a mean divides by.
         normalizer: what a mean divides by instead, e.g. the number of tokens over all accumulation steps or ranks. A
@@ -108,7 +112,8 @@ def linear_cross_entropy(
         gradient: ``"exact"``, or ``Sampled(...)``: exact loss, unbiased gradient, a fraction of the cost.
         workspace: bytes to hold at most above inputs and gradients: an int, text such as ``"512MiB"``, or None for
             the default policy: an eighth of what the two-stage pipeline holds, at least 64 MiB, exceeded where nothing
-            fits it. See ``plan``.
+            fits it. In text KiB, MiB, GiB, TiB and the letters K, M, G, T alone are powers of 1024, and KB, MB, GB, TB
+            powers of 1000. See ``plan``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. A named backend runs or raises; ``"auto"``
             takes ``"triton"`` on CUDA devices where it can, else ``"torch"``.
         group: process group over which the vocabulary is sharded: ``linear_weight``, ``linear_bias``, ``weight`` and
@@ -133,10 +138,13 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: an argument of the wrong type, or a tensor of the wrong kind of dtype.
-        ValueError: shapes that do not fit, tensors on different devices, numbers out of bounds, unknown names, a target
-            outside [0, V) on the CPU, a workspace too small (the message says the smallest that works), a mean without
-            ``normalizer`` where DTensors shard the tokens, or ranks of a group that do not make the same call.
-        RuntimeError: from a second differentiation; after the group's time limit, where a rank makes no such call.
+        ValueError: shapes that do not fit, tensors on different devices, numbers out of bounds or beyond those of fp32,
+            unknown names, a target outside [0, V) on the CPU, a workspace too small (the message says the smallest that
+            works), a mean without ``normalizer`` where DTensors shard the tokens, or ranks of a group that do not make
+            the same call.
+        NotImplementedError: within a transform of ``torch.func``, with forward-mode differentiation, in TorchScript.
+        RuntimeError: from a second differentiation; from a backward pass that reads a tensor written to since the
+            forward pass, as PyTorch raises; after the group's time limit, where a rank makes no such call.
 
     The method: arXiv 2511.17599, with the strategies and the sampled gradient of ``docs/design.md``.
     """
@@ -158,19 +166,20 @@ def linear_cross_entropy(
         validation.check_adapter(adapter, input, linear_weight, main_grad)
         operands = Operands.of(input, linear_weight, adapter)
         validation.check_scan(sampled, (), sharded=given.group is not None)
-        validation.check_reduction(reduction)
-        validation.check_index("ignore_index", ignore_index)
-        validation.check_number("label_smoothing", label_smoothing, least=0, most=1)
-        validation.check_number("z_loss", z_loss, least=0)
-        validation.check_normalizer(normalizer, reduction, input, tokens_apart=given.tokens_apart)
+        options = LossOptions(
+            reduction=validation.check_reduction(reduction),
+            ignore_index=validation.check_ignore_index(ignore_index),
+            label_smoothing=validation.check_label_smoothing(label_smoothing),
+            z_loss=validation.check_z_loss(z_loss),
+        )
+        normalizer = validation.check_normalizer(normalizer, reduction, input, tokens_apart=given.tokens_apart)
         if weight is not None:
             own = (linear_weight.shape[0],)
             validation.check_weighting("weight", weight, input, own, "one for each row of linear_weight")
         if token_weight is not None:
             validation.check_weighting("token_weight", token_weight, input, tuple(target.shape), "the shape of target")
         budget = validation.check_workspace(workspace)
-        validation.check_backend(backend)
-        call = CallOptions(head, sampled, budget, backend, main_grad)
+        call = CallOptions(head, sampled, budget, validation.check_backend(backend), main_grad)
         layout = None
         if meeting is not None:
             layout = meet(
@@ -178,15 +187,11 @@ def linear_cross_entropy(
                 given,
                 operands,
                 call,
-                reduction=reduction,
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-                z_loss=z_loss,
+                **asdict(options),
                 normalizer="a tensor" if isinstance(normalizer, torch.Tensor) else normalizer,
             )
     vocabulary = linear_weight.shape[0] if layout is None else layout.vocabulary
-    options = LossOptions(reduction, ignore_index, label_smoothing, z_loss)
-    tokens = Tokens.of(target, vocabulary, ignore_index)
+    tokens = Tokens.of(target, vocabulary, options.ignore_index)
     dtype = statistics_dtype(compute_dtype(operands.hidden, operands.weight))
 
     class_weight = None if weight is None else weight.to(dtype)
@@ -196,21 +201,23 @@ def linear_cross_entropy(
     elif class_weight is not None:
         row_weight = class_weight[tokens.target]
     scale = tokens.counted.to(dtype)
-    if reduction == "mean":
-        scale = scale * inverse_normalizer(normalizer, scale if row_weight is None else scale * row_weight)
+    if options.reduction == "mean":
+        counted = scale if row_weight is None else select(tokens.mask, scale * row_weight)
+        scale = scale * inverse_normalizer(normalizer, counted)
     if token_weight is not None:
         scale = scale * tokens.packed(token_weight).to(dtype)
     smoothing: torch.Tensor | float | None = None
-    if label_smoothing:
+    if options.label_smoothing:
         smoothing = 1 / vocabulary if class_weight is None else class_weight / vocabulary
     mass: torch.Tensor | float = 1.0
     if isinstance(smoothing, torch.Tensor):
         mass = smoothing.sum() if total is None else total / vocabulary
-    objective = LossObjective(options, scale, row_weight, mass)
+    objective = LossObjective(options, tokens.mask, scale, row_weight, mass)
     (loss,) = evaluate(operands, linear_bias, tokens, objective, smoothing, call, layout)
-    return loss if reduction != "none" else loss.view(target.shape)
+    return loss if objective.scalar else given.moved_back(loss.view(target.shape))
 
 
+@not_scriptable
 def token_statistics(
     input: torch.Tensor,  # [..., D]
     linear_weight: torch.Tensor,  # [V, D]
@@ -255,7 +262,7 @@ def token_statistics(
         The statistics, in the shape of ``target``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as ``linear_cross_entropy``.
+        TypeError, ValueError, NotImplementedError, RuntimeError: as ``linear_cross_entropy``.
     """
     tensors: dict[str, Any] = {
         "input": input,
@@ -274,18 +281,18 @@ def token_statistics(
         operands = Operands.of(input, linear_weight, adapter)
         names = validation.check_outputs(outputs)
         validation.check_scan(sampled, names, sharded=given.group is not None)
-        validation.check_index("ignore_index", ignore_index)
+        ignore_index = validation.check_ignore_index(ignore_index)
         budget = validation.check_workspace(workspace)
-        validation.check_backend(backend)
-        call = CallOptions(head, sampled, budget, backend, main_grad)
+        call = CallOptions(head, sampled, budget, validation.check_backend(backend), main_grad)
         layout = None
         if meeting is not None:
             layout = meet(meeting, given, operands, call, outputs=list(names), ignore_index=ignore_index)
     tokens = Tokens.of(target, linear_weight.shape[0] if layout is None else layout.vocabulary, ignore_index)
     dtype = statistics_dtype(compute_dtype(operands.hidden, operands.weight))
-    objective = StatisticsObjective(names, tokens.counted.to(dtype))
+    objective = StatisticsObjective(names, tokens.mask, tokens.counted.to(dtype))
     values = evaluate(operands, linear_bias, tokens, objective, None, call, layout)
-    return TokenStatistics(**{name: value.view(target.shape) for name, value in zip(names, values, strict=True)})
+    shaped = (given.moved_back(value.view(target.shape)) for value in values)
+    return TokenStatistics(**dict(zip(names, shaped, strict=True)))
 
 
 def check_targets(
@@ -309,10 +316,9 @@ def check_targets(
         ValueError: a target is neither in [0, vocabulary) nor ``ignore_index``; the message has the first one's place.
         TypeError: a target that does not hold integers.
     """
-    validation.check_size("vocabulary", vocabulary, least=1)
-    validation.check_index("ignore_index", ignore_index)
-    validation.check_target_type(target)
-    validation.check_targets_in_range(target.detach().reshape(-1).long(), vocabulary, ignore_index)
+    vocabulary = check_size("vocabulary", vocabulary, least=1)
+    ignore_index = validation.check_ignore_index(ignore_index)
+    validation.check_targets_in_range(validation.check_target_type(target), vocabulary, ignore_index)
 
 
 def count_tokens(
@@ -336,22 +342,28 @@ def count_tokens(
         group: of ranks whose counts are added up: one all-reduce.
 
     Returns:
-        A 0-d fp32 tensor on the device of ``target``; nothing waits for it.
+        A 0-d fp32 tensor on the device of ``target``; nothing waits for it. NaN where a target has no class weight.
 
     Raises:
-        TypeError: a target that does not hold integers, or a DTensor.
+        TypeError: a target that does not hold integers, class weights that are no floating tensor, or a DTensor.
+        ValueError: class weights of another shape than [V], or on another device.
     """
     if dtensors.is_dtensor(target) or dtensors.is_dtensor(weight):
         raise TypeError(
             "target and weight must be plain tensors, got a DTensor; pass its to_local(), and its mesh's group"
         )
-    validation.check_target_type(target)
-    validation.check_index("ignore_index", ignore_index)
-    flat = target.detach().reshape(-1).long()
+    ignore_index = validation.check_ignore_index(ignore_index)
+    validation.check_group(group, sequence_parallel=False)
+    flat = validation.indices(validation.check_target_type(target), ignore_index)
     keep = flat != ignore_index
-    counted = keep.float() if weight is None else torch.where(keep, weight.float()[torch.where(keep, flat, 0)], 0.0)
+    counted = keep.float()
+    if weight is not None:
+        known = validation.check_class_weight(weight).float()
+        validation.check_same_device("weight", known, "target", target)
+        inside = (flat >= 0) & (flat < known.shape[0])
+        padded = torch.cat((known, known.new_full((1,), torch.nan)))
+        counted = padded[torch.where(inside, flat, known.shape[0])].masked_fill(~keep, 0.0)
     total = counted.sum()
     if group is not None:
-        validation.check_group(group, sequence_parallel=False)
         torch.distributed.all_reduce(total, group=group)
     return total

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from logitless import validation
 from logitless.calls import Adapter, Normalizer
 from logitless.functional import linear_cross_entropy
+from logitless.transforms import refuse_script
 
 _TENSORS_OF_A_CALL = {
     "input",
@@ -39,7 +41,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             ``normalizer``, ``main_grad`` and ``adapter``, which belong to a call.
 
     Raises:
-        TypeError: an unknown option.
+        TypeError, ValueError: an unknown option, or as ``linear_cross_entropy`` for one that it would refuse whatever
+            its tensors are.
     """
 
     weight: torch.Tensor | None
@@ -51,7 +54,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         unknown = sorted(options.keys() - _OPTIONS.keys())
         if unknown:
             raise TypeError(f"LinearCrossEntropyLoss has no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
-        self.register_buffer("weight", options.pop("weight", None))
+        validation.check_options(options)
+        weight = options.pop("weight", None)
+        self.register_buffer("weight", None if weight is None else validation.check_class_weight(weight))
         self.options = options
 
     def forward(
@@ -78,6 +83,10 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             adapter=adapter,
             **self.options,
         )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Say that TorchScript is not supported."""
+        refuse_script()
 
     def extra_repr(self) -> str:
         """The options that differ from the default."""

@@ -3,7 +3,7 @@
 With ``lse = logsumexp(z)``, class weight ``w``, token weight ``t``, smoothing ``e``, class weights ``s_v`` (over V) and
 ``S = sum s_v``, the loss of a token is
 
-    loss = t * ((1 - e) w_y (lse - z_y) + e (S lse - sum_v s_v z_v) + z_loss lse^2)
+    loss = t * ((1 - e) w_y (lse - z_y) + e sum_v s_v (lse - z_v) + z_loss lse^2)
 
 and with upstream gradient g its gradient has, in the form of ``Coefficients``,
 
@@ -11,9 +11,14 @@ and with upstream gradient g its gradient has, in the form of ``Coefficients``,
 
 The statistics of ``token_statistics`` with upstream gradients g (nll), l (logsumexp) and h (entropy) have
 
-    a = g + l + h E[z],   b = -h,   c = g,   d = 0.
+    a = g + l - h E[z0 - z],   b = -h,   c = g,   d = 0,
 
-Every tensor here is [N], the rows that count.
+where z0 is the row's peak and E the softmax expectation, ``mean_gap``.
+
+Every difference of logits is formed before it is rounded: ``lse - z`` is ``(peak - z) + log_sum`` (see ``Statistics``).
+Tokens that do not count are selected away, whatever their weights and upstream gradients hold: 0 times NaN is NaN.
+
+Every tensor here is [N]: the rows that count, and on devices where those cannot be picked out all rows.
 """
 
 from __future__ import annotations
@@ -32,12 +37,14 @@ class LossObjective:
 
     Attributes:
         options: the caller's.
+        valid: [N] bool tokens that count, or None for all.
         scale: [N] token weight, divided by the normaliser where the reduction is a mean.
         class_weight: [N] class weight of each row's target, or None for ones.
         smoothing_mass: S above; 0-d tensor or number.
     """
 
     options: LossOptions
+    valid: torch.Tensor | None
     scale: torch.Tensor
     class_weight: torch.Tensor | None
     smoothing_mass: torch.Tensor | float
@@ -54,17 +61,17 @@ class LossObjective:
 
     def token_loss(self, statistics: Statistics) -> torch.Tensor:
         """[N] scaled loss of each token."""
-        options, lse = self.options, statistics.logsumexp
-        loss = lse - statistics.target_logit
+        options = self.options
+        loss = negative_log_likelihood(statistics)
         if self.class_weight is not None:
             loss = loss * self.class_weight
         if options.label_smoothing:
             assert statistics.smooth_logit is not None
-            smooth = lse * self.smoothing_mass - statistics.smooth_logit
+            smooth = statistics.log_sum * self.smoothing_mass - statistics.smooth_logit
             loss = loss * (1 - options.label_smoothing) + smooth * options.label_smoothing
         if options.z_loss:
-            loss = loss + options.z_loss * lse.square()
-        return loss * self.scale
+            loss = loss + options.z_loss * statistics.logsumexp.square()
+        return select(self.valid, loss * self.scale)
 
     def outputs(self, statistics: Statistics) -> tuple[torch.Tensor, ...]:
         """The reduced loss, or [N] losses."""
@@ -75,15 +82,15 @@ class LossObjective:
         """See the module."""
         (grad,) = upstream
         token = self.scale if grad is None else self.scale * grad.to(self.scale.dtype)
-        return self._affine(token).at(statistics.logsumexp)
+        return self._affine(token).at(statistics)
 
     def ahead(self) -> AffineCoefficients:
         """The coefficients for an upstream gradient of 1, before statistics are known."""
         return self._affine(self.scale)
 
     def _affine(self, token: torch.Tensor) -> AffineCoefficients:
-        options = self.options
-        target = token if self.class_weight is None else token * self.class_weight
+        options, token = self.options, select(self.valid, token)
+        target = token if self.class_weight is None else select(self.valid, token * self.class_weight)
         if not options.label_smoothing:
             a, c, d = target, target, None
         else:
@@ -98,10 +105,12 @@ class StatisticsObjective:
 
     Attributes:
         names: of the outputs, in the order asked for.
-        scale: [N] 1 for rows that count, 0 for those that do not, NaN for those with no valid target.
+        valid: [N] bool tokens that count, or None for all.
+        scale: [N] 1, and NaN for tokens whose target is out of range.
     """
 
     names: tuple[str, ...]
+    valid: torch.Tensor | None
     scale: torch.Tensor
 
     @property
@@ -109,7 +118,7 @@ class StatisticsObjective:
         """What the outputs are made of."""
         wanted: set[Statistic] = set()
         if "entropy" in self.names:
-            wanted.add("mean_logit")
+            wanted.add("mean_gap")
         if "prediction" in self.names:
             wanted.add("prediction")
         if "target_rank" in self.names:
@@ -126,27 +135,41 @@ class StatisticsObjective:
         return tuple(self._output(name, statistics) for name in self.names)
 
     def _output(self, name: str, statistics: Statistics) -> torch.Tensor:
-        lse = statistics.logsumexp
         if name in INTEGER_OUTPUTS:
             value = statistics.prediction if name == "prediction" else statistics.target_rank
             assert value is not None
-            return torch.where(self.scale == 0, -1, value)
+            return value if self.valid is None else torch.where(self.valid, value, -1)
+        value = statistics.logsumexp
         if name == "nll":
-            return (lse - statistics.target_logit) * self.scale
-        if name == "entropy":
-            assert statistics.mean_logit is not None
-            return (lse - statistics.mean_logit) * self.scale
-        return lse * self.scale
+            value = negative_log_likelihood(statistics)
+        elif name == "entropy":
+            assert statistics.mean_gap is not None
+            value = statistics.log_sum + statistics.mean_gap
+        return select(self.valid, value * self.scale)
 
     def coefficients(self, statistics: Statistics, upstream: tuple[torch.Tensor | None, ...]) -> Coefficients:
         """See the module."""
-        given = {name: g * self.scale for name, g in zip(self.names, upstream, strict=True) if g is not None}
+        given = {
+            name: select(self.valid, grad * self.scale)
+            for name, grad in zip(self.names, upstream, strict=True)
+            if grad is not None
+        }
         zero = torch.zeros_like(statistics.logsumexp)
         c = given.get("nll", zero)
         a = c + given.get("logsumexp", zero)
         b = None
         if "entropy" in given:
-            assert statistics.mean_logit is not None
-            a = a + given["entropy"] * statistics.mean_logit
+            assert statistics.mean_gap is not None
             b = -given["entropy"]
+            a = a + select(self.valid, b * statistics.mean_gap)
         return Coefficients(a=a, b=b, c=c, d=None)
+
+
+def negative_log_likelihood(statistics: Statistics) -> torch.Tensor:
+    """[N] logsumexp less the target's logit."""
+    return (statistics.peak - statistics.target_logit) + statistics.log_sum
+
+
+def select(valid: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """[N] the values of tokens that count, and 0 for the others, whatever theirs are."""
+    return values if valid is None else torch.where(valid, values, 0.0)

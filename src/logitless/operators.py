@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from logitless import backends
-from logitless.backends.contract import Gradients, Problem, Schedule, Shape, Statistics
+from logitless.backends.contract import Gradients, Problem, Schedule, Shape, Statistics, rows_of
 from logitless.dtensors import arrived
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import HeadOptions
 from logitless.planning import Plan
 from logitless.precision import own_precision
 from logitless.sharding import Merging, Shard, of_target
+from logitless.transforms import check_upstream
 
 SECOND_ORDER = (
     "logitless: second derivatives are not supported: the backward pass of this operator cannot be differentiated "
@@ -31,12 +32,13 @@ SECOND_ORDER = (
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the operator, but for its differentiable tensors.
+    """One call of the operator, but for the caller's tensors, which the backward pass reads as autograd saved them.
+
+    What tensors there are here are the call's own, but for ``main_grad``.
 
     Attributes:
         shape: of the problem.
         plan: how to compute it.
-        target: [N] int64, of the rows that count.
         rows: [N] int64 their positions among the caller's rows, None where all of them count.
         total_rows: how many rows the caller gave.
         head: scale and cap of the logits.
@@ -52,7 +54,6 @@ class Call:
 
     shape: Shape
     plan: Plan
-    target: torch.Tensor
     rows: torch.Tensor | None
     total_rows: int
     head: HeadOptions
@@ -66,24 +67,33 @@ class Call:
     gathers_again: bool = False
 
     def problem(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, merge: Merging | None = None
+        self,
+        hidden: torch.Tensor,  # [total_rows, D]
+        weight: torch.Tensor,  # [V, D]
+        bias: torch.Tensor | None,  # [V]
+        target: torch.Tensor,  # [N]
+        merge: Merging | None = None,
     ) -> Problem:
-        """The problem of the rows that count, packed."""
-        packed = hidden if self.rows is None else hidden.index_select(0, self.rows)
-        if self.counted is not None and not backends.load(self.plan.backend).SKIPS_ROWS:
-            packed = packed.masked_fill(~self.counted[:, None], 0)  # zero times what ignored rows hold could be NaN
+        """The problem of the rows that count."""
+        matrix, index = rows_of(hidden)
+        if self.rows is not None:
+            index = self.rows if index is None else index[self.rows]
+        if backends.load(self.plan.backend).READS_MATRIX:
+            matrix = (matrix if index is None else matrix.index_select(0, index)).contiguous()
+            index = None
         return Problem(
             shape=self.shape,
-            hidden=packed.contiguous(),
+            hidden=matrix,
             weight=weight,
             bias=bias,
-            target=self.target,
+            target=target,
             head=self.head,
             counted=self.counted,
             smoothing=self.smoothing,
             main_grad=self.main_grad,
             offsets=self.offsets,
             merge=merge,
+            hidden_index=index,
         )
 
     def spread(self, packed: torch.Tensor, fill: int = 0) -> torch.Tensor:
@@ -95,9 +105,10 @@ class Call:
 
 
 def apply(
-    hidden: torch.Tensor,  # [total_rows, D]
+    hidden: torch.Tensor,  # [..., D], total_rows of them
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
+    target: torch.Tensor,  # [N] int64, of the rows that count
     call: Call,
     appended: torch.Tensor | None = None,  # [V, R]
 ) -> tuple[torch.Tensor, ...]:
@@ -105,18 +116,18 @@ def apply(
 
     ``appended`` are the last columns of ``weight`` once more, where their gradient alone is wanted.
     """
-    return _LinearHead.apply(hidden, weight, bias, call, appended)  # type: ignore[no-any-return]
+    return _LinearHead.apply(hidden, weight, bias, target, call, appended)  # type: ignore[no-any-return]
 
 
 def evaluate(
-    call: Call, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    call: Call, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], Statistics, Gradients | None]:
     """Outputs, statistics, and under the chunked strategy the gradients of a scalar output for an upstream one of 1."""
     schedule, backend, objective = call.plan.schedule, backends.load(call.plan.backend), call.objective
     prepared, shard = None, call.shard
-    merge = None if shard is None else Merging(shard)
-    with own_precision(hidden.device):
-        problem = call.problem(hidden, weight, bias, merge)
+    merge = None if shard is None else Merging(shard, call.smoothing)
+    with own_precision(hidden.device), torch.cuda.device_of(hidden):  # kernels start on the current device
+        problem = call.problem(hidden, weight, bias, target, merge)
         ahead = None
         if schedule.strategy == "chunked" or schedule.prepared:
             assert isinstance(objective, LossObjective)
@@ -131,6 +142,7 @@ def evaluate(
         elif schedule.strategy == "chunked":
             assert ahead is not None
             statistics, prepared = backend.forward_with_gradients(problem, schedule, ahead)
+            prepared = prepared if backend.READS_MATRIX else _of_valid_rows(problem, prepared)
         else:
             statistics = backend.forward(problem, schedule, ahead)
         whole = statistics
@@ -152,12 +164,12 @@ def _nothing_seen(problem: Problem, schedule: Schedule) -> Statistics:
     def of(rows: int) -> Statistics:
         zero = torch.zeros(rows, dtype=shape.statistics_dtype, device=device)
         return Statistics(
-            logsumexp=torch.full_like(zero, -torch.inf),
+            peak=zero,
+            log_sum=torch.full_like(zero, -torch.inf),
             target_logit=zero,
-            mean_logit=zero if "mean_logit" in wanted else None,
+            mean_gap=zero if "mean_gap" in wanted else None,
             smooth_logit=zero if "smooth_logit" in wanted else None,
             prediction=zero.long() if "prediction" in wanted else None,
-            peak_logit=torch.full_like(zero, -torch.inf) if "prediction" in wanted else None,
         )
 
     if schedule.strategy == "chunked":
@@ -171,7 +183,7 @@ def _nothing_seen(problem: Problem, schedule: Schedule) -> Statistics:
 def _rank_in_whole(call: Call, problem: Problem, whole: Statistics) -> torch.Tensor:
     """[N] how many logits of all shards are above the target's: a second pass, and an all-reduce."""
     assert call.shard is not None
-    count = torch.zeros_like(whole.logsumexp, dtype=torch.int64)
+    count = torch.zeros_like(whole.target_logit, dtype=torch.int64)
     if call.shape.vocabulary:
         plain = replace(
             call.shape,
@@ -194,12 +206,13 @@ def differentiate(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    target: torch.Tensor,
     statistics: Statistics,
     upstream: tuple[torch.Tensor | None, ...],
 ) -> Gradients:
     """Gradients of the rows that count, of weight and of bias, in accumulation dtypes; residuals may be used up."""
-    with own_precision(hidden.device):
-        problem, backend = call.problem(hidden, weight, bias), backends.load(call.plan.backend)
+    with own_precision(hidden.device), torch.cuda.device_of(hidden):
+        problem, backend = call.problem(hidden, weight, bias, target), backends.load(call.plan.backend)
         if call.plan.schedule.prepared:
             (grad,) = upstream
             assert grad is not None
@@ -209,14 +222,22 @@ def differentiate(
             return _no_gradients(problem)
         if call.shard is not None:
             coefficients = replace(coefficients, c=call.shard.of_own_targets(coefficients.c))
-        return backend.backward(problem, call.plan.schedule, statistics, coefficients)
+        gradients = backend.backward(problem, call.plan.schedule, statistics, coefficients)
+        return gradients if backend.READS_MATRIX else _of_valid_rows(problem, gradients)
+
+
+def _of_valid_rows(problem: Problem, gradients: Gradients) -> Gradients:
+    """The same, 0 for hidden states of rows that do not count: 0 times a weight that is not finite would be NaN."""
+    if problem.counted is not None and gradients.hidden is not None:
+        gradients.hidden.masked_fill_(~problem.counted[:, None], 0)
+    return gradients
 
 
 def _no_gradients(problem: Problem) -> Gradients:
     """Of an empty shard."""
     shape, dtype = problem.shape, problem.shape.statistics_dtype
     return Gradients(
-        hidden=torch.zeros(problem.hidden.shape, dtype=dtype, device=problem.hidden.device)
+        hidden=torch.zeros(shape.tokens, shape.hidden, dtype=dtype, device=problem.hidden.device)
         if shape.hidden_gradient
         else None,
         weight=problem.weight.new_zeros(shape.weight_gradient_size, dtype=dtype) if shape.weight_gradient else None,
@@ -231,34 +252,38 @@ class _LinearHead(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        target: torch.Tensor,
         call: Call,
         appended: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         del appended  # for its gradient
         hidden, weight = arrived(hidden), arrived(weight)
         bias = None if bias is None else arrived(bias)
-        gathered = hidden if call.shard is None else call.shard.layout.gathered(hidden)
-        outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias)
+        # No collective or copy may depend on autocast, which one rank alone could fail under.
+        with torch.autocast(hidden.device.type, enabled=False):
+            gathered = hidden if call.shard is None else call.shard.layout.gathered(hidden)
+            outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias, target)
         ctx.call = call
-        ctx.save_for_backward(hidden if call.gathers_again else gathered, weight, bias)
+        ctx.save_for_backward(hidden if call.gathers_again else gathered, weight, bias, target)
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        with torch.no_grad():
+        check_upstream(*upstream)
+        hidden, weight, bias, target = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             if ctx.call.gathers_again:
                 hidden = ctx.call.shard.layout.gathered(hidden)
-            gradients = _gradients(ctx, hidden, weight, bias, upstream)
+            gradients = _gradients(ctx, hidden, weight, bias, target, upstream)
         if torch.is_grad_enabled():  # create_graph=True
             connected = [t for t in (hidden, weight, bias, *upstream) if t is not None and t.requires_grad]
             gradients = tuple(None if g is None else _NotTwice.apply(g, *connected) for g in gradients)
         of_hidden, of_weight, of_bias = gradients
         if ctx.call.appended is not None:
-            return of_hidden, None, of_bias, None, of_weight
-        return of_hidden, of_weight, of_bias, None, None
+            return of_hidden, None, of_bias, None, None, of_weight
+        return of_hidden, of_weight, of_bias, None, None, None
 
 
 def _gradients(
@@ -266,6 +291,7 @@ def _gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    target: torch.Tensor,
     upstream: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of hidden states, weight and bias in their own dtypes."""
@@ -278,7 +304,7 @@ def _gradients(
         gradients: Gradients = ctx.prepared
         ctx.prepared = None
     else:
-        gradients = differentiate(call, hidden, weight, bias, ctx.statistics, upstream)
+        gradients = differentiate(call, hidden, weight, bias, target, ctx.statistics, upstream)
         if call.plan.strategy != "sampled" and not call.plan.schedule.prepared:  # their residuals are read, not used up
             ctx.statistics = ctx.statistics.leaving(())
     shard = call.shard
@@ -288,6 +314,8 @@ def _gradients(
     packed = _handed_on(gradients, "hidden", scale, hidden.dtype)
     if packed is not None and (shard is None or shard.layout.rows is None):
         packed = call.spread(packed)
+    if packed is not None and shard is None:
+        packed = packed.view(hidden.shape)
     return (
         packed,
         _handed_on(gradients, "weight", scale, call.appended or weight.dtype),

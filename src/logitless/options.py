@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
+from logitless.arguments import check_choice, check_number
+
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "reference", "torch", "triton"]
 Scan = Literal["input", "fp8"]
@@ -14,9 +16,9 @@ FloatOutput = Literal["nll", "logsumexp", "entropy"]
 IntegerOutput = Literal["prediction", "target_rank"]
 TokenOutput = Literal[FloatOutput, IntegerOutput]
 
-REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 BACKENDS: tuple[str, ...] = get_args(Backend)
-SCANS: tuple[str, ...] = get_args(Scan)
+SCANS: tuple[Scan, ...] = get_args(Scan)
 FLOAT_OUTPUTS: tuple[str, ...] = get_args(FloatOutput)
 INTEGER_OUTPUTS: tuple[str, ...] = get_args(IntegerOutput)
 TOKEN_OUTPUTS: tuple[str, ...] = FLOAT_OUTPUTS + INTEGER_OUTPUTS
@@ -53,12 +55,12 @@ class Sampled:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise TypeError(f"Sampled(threshold=...) must be a number, got {type(self.threshold).__name__}")
-        if not 0 < self.threshold <= 1:
+        threshold = check_number("Sampled(threshold=...)", self.threshold)
+        if not 0 < threshold <= 1:
             raise ValueError(f"Sampled(threshold=...) must lie in (0, 1], got {self.threshold}")
-        if self.scan not in SCANS:
-            raise ValueError(f"Sampled(scan=...) must be among {', '.join(map(repr, SCANS))}, got {self.scan!r}")
+        check_number("Sampled(threshold=...)", threshold, underflows=False)
+        object.__setattr__(self, "threshold", threshold)
+        object.__setattr__(self, "scan", check_choice("Sampled(scan=...)", self.scan, SCANS))
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(
                 f"Sampled(generator=...) must be a torch.Generator or None, got {type(self.generator).__name__}"

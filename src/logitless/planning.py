@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from logitless import backends, validation
+from logitless.arguments import check_flag, check_size
 from logitless.backends.contract import Schedule, Shape, Strategy
 from logitless.options import Sampled
 from logitless.schedules import STRATEGIES, Forced, Search, forced
@@ -40,6 +41,7 @@ class Plan:
         gradients: bytes of the gradients themselves.
         two_stage: bytes that logits, log-softmax and gradient of the logits take in the two-stage pipeline.
         backend: the backend planned for.
+        device_type: the kind of device planned for.
         schedule: the sizes of the tiles.
     """
 
@@ -50,6 +52,7 @@ class Plan:
     gradients: int
     two_stage: int
     backend: str
+    device_type: str
     schedule: Schedule
 
     @property
@@ -63,7 +66,7 @@ class Plan:
         if kept and self.strategy == "windowed":
             tile += f", logits of {kept} windows kept"
         return (
-            f"{self.strategy} on backend {self.backend!r}: {self.reason}; {tile}.\n"
+            f"{self.strategy} on {self.device_type} by backend {self.backend!r}: {self.reason}; {tile}.\n"
             f"  workspace {format_bytes(self.workspace)} of {format_bytes(self.budget)} allowed, gradients "
             f"{format_bytes(self.gradients)}; two-stage pipeline: {format_bytes(self.two_stage)} and gradients"
         )
@@ -77,13 +80,22 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def _readable(count: int) -> str:
+    """Bytes in a larger unit, rounded up so that as much is enough, where there is one."""
+    for letter, size in (("G", 1 << 30), ("M", MEBIBYTE), ("K", 1 << 10)):
+        if count >= size:
+            tenths = -(-10 * count // size)
+            return f" ({tenths // 10}.{tenths % 10} {letter}iB)"
+    return ""
+
+
 def plan(
     *,
     tokens: int,
     hidden: int,
     vocabulary: int,
     dtype: torch.dtype | str = "bfloat16",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     gradient: str | Sampled = "exact",
     reduction: str = "mean",
     weight_dtype: torch.dtype | str | None = None,
@@ -99,8 +111,9 @@ def plan(
         tokens: N, rows of the hidden states that are not ignored.
         hidden: D.
         vocabulary: V.
-        dtype: of the hidden states, as a torch dtype or its name.
-        device: where they would be.
+        dtype: of the hidden states, as a torch dtype or its name, ``"bf16"``, ``"fp16"``, ``"fp32"`` and ``"fp64"``
+            among them.
+        device: where they would be, on this machine or not; None for a CUDA device if PyTorch sees one, else the CPU.
         gradient: ``"exact"`` or ``Sampled(...)``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight_dtype: that of the weight, by default ``dtype``.
@@ -118,9 +131,10 @@ def plan(
             says the smallest that works.
         TypeError: an argument of the wrong type.
     """
-    for name, value in (("tokens", tokens), ("hidden", hidden), ("vocabulary", vocabulary)):
-        validation.check_size(name, value, least=0 if name == "tokens" else 1)
-    validation.check_reduction(reduction)
+    tokens = check_size("tokens", tokens, least=0)
+    hidden = check_size("hidden", hidden, least=1)
+    vocabulary = check_size("vocabulary", vocabulary, least=1)
+    reduction = validation.check_reduction(reduction)
     sampled = validation.check_gradient(gradient)
     hidden_dtype = validation.check_dtype("dtype", dtype)
     head_dtype = hidden_dtype if weight_dtype is None else validation.check_dtype("weight_dtype", weight_dtype)
@@ -131,9 +145,9 @@ def plan(
         hidden_dtype=hidden_dtype,
         weight_dtype=head_dtype,
         compute_dtype=torch.promote_types(hidden_dtype, head_dtype),
-        device_type=torch.device(device).type,
-        hidden_gradient=not frozen_input,
-        weight_gradient=not frozen_weight,
+        device_type=default_device_type() if device is None else validation.check_device("device", device).type,
+        hidden_gradient=not check_flag("frozen_input", frozen_input),
+        weight_gradient=not check_flag("frozen_weight", frozen_weight),
         bias_gradient=False,
         statistics=frozenset(),
         biased=False,
@@ -142,11 +156,16 @@ def plan(
         scan="input" if sampled is None else sampled.scan,
         compacted=False,
         weight_layout="rows",
-        main_grad=main_grad,
+        main_grad=check_flag("main_grad", main_grad),
         functional=False,
     )
     budget = validation.check_workspace(workspace)
     return choose(shape, choose_backend(backend, shape), reduction != "none", budget, forced())
+
+
+def default_device_type() -> str:
+    """That of the device that is there."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def choose_backend(name: str, shape: Shape) -> str:
@@ -207,9 +226,10 @@ def choose(shape: Shape, backend: str, scalar: bool, workspace: int | None, forc
         schedule = search.least()
         if workspace is not None:  # the default budget is a wish, not a bound
             raise ValueError(
-                f"workspace={workspace} bytes is too small: N={shape.tokens}, D={shape.hidden}, V={shape.vocabulary} "
-                f"needs at least {search.needed(schedule)} bytes (strategy {schedule.strategy!r}); raise workspace, or "
-                f"leave it None"
+                f"workspace={workspace} bytes{_readable(workspace)} is too small: N={shape.tokens}, D={shape.hidden}, "
+                f"V={shape.vocabulary} needs at least {search.needed(schedule)} bytes"
+                f"{_readable(search.needed(schedule))} by strategy {schedule.strategy!r}; raise workspace, or leave "
+                f"it None"
             )
     return Plan(
         strategy=schedule.strategy,
@@ -219,6 +239,7 @@ def choose(shape: Shape, backend: str, scalar: bool, workspace: int | None, forc
         gradients=_gradient_bytes(shape),
         two_stage=two_stage_bytes(shape),
         backend=backend,
+        device_type=shape.device_type,
         schedule=schedule,
     )
 

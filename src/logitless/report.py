@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from logitless import validation
+from logitless.arguments import check_size
 from logitless.functional import linear_cross_entropy
 from logitless.options import BLOCK, Backend, Sampled
 from logitless.sampling import block_count, block_sums, mix_in_smoothing, most_sampled
@@ -162,10 +163,13 @@ def sampling_report(
     sampled = Sampled() if gradient is None else gradient
     if not isinstance(sampled, Sampled):
         raise TypeError(f"gradient must be a logitless.Sampled or None, got {type(gradient).__name__}")
-    validation.check_size("draws", draws, least=2)
+    draws = check_size("draws", draws, least=2)
     validation.check_head(input, linear_weight, target, linear_bias)
-    validation.check_index("ignore_index", ignore_index)
-    validation.check_targets_in_range(target.detach().reshape(-1).long(), linear_weight.shape[0], ignore_index)
+    ignore_index = validation.check_ignore_index(ignore_index)
+    softcap, logit_scale = validation.check_softcap(softcap), validation.check_logit_scale(logit_scale)
+    label_smoothing = validation.check_label_smoothing(label_smoothing)
+    validation.check_targets_in_range(target, linear_weight.shape[0], ignore_index)
+    target = validation.indices(target, ignore_index).view(target.shape)  # few operations know unsigned targets
     with torch.no_grad():
         counted = (target != ignore_index).reshape(-1).nonzero()[:, 0]
     if len(counted) < 2:
@@ -245,7 +249,8 @@ def _noise(
         for name, value in gradients(target, sampled).items():
             sums[name] += value
             squares[name] += (value - exact[name]).square().sum().item()
-    order = counted[torch.randperm(len(counted), generator=torch.Generator().manual_seed(0)).to(counted.device)]
+    generator = torch.Generator("cpu").manual_seed(0)
+    order = counted[torch.randperm(len(counted), generator=generator, device="cpu").to(counted.device)]
     half = {}
     for name, some in (("first", order[: len(order) // 2]), ("second", order[len(order) // 2 :])):
         alone = torch.full_like(target.reshape(-1), ignore_index)

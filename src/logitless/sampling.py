@@ -18,6 +18,9 @@ import torch
 
 from logitless.options import BLOCK
 
+# Unit of running sums of probabilities.
+SHIFT = 44
+ONE = 2.0**SHIFT
 # Share of the mixture that goes to the smoothing distribution. The softmax part's variance grows by at most 1 / 0.9.
 SMOOTHING_SHARE = 0.1
 
@@ -59,7 +62,7 @@ def mix_in_smoothing(
 def block_shares(smoothing: torch.Tensor | float, vocabulary: int, device: torch.device) -> torch.Tensor:
     """[B] float64 share of each block in the smoothing [V] or one number for all."""
     if not isinstance(smoothing, torch.Tensor):
-        smoothing = torch.full((vocabulary,), smoothing, device=device)
+        smoothing = torch.full((vocabulary,), smoothing, dtype=torch.float64, device=device)
     share = block_sums(smoothing.abs().double())
     return share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
 
@@ -69,13 +72,13 @@ def inclusion_weights(
     threshold: float,
     offsets: torch.Tensor,  # [R]
 ) -> torch.Tensor:
-    """[R, B] float64 weights: inverse inclusion probability where a block is kept, 0 where it is not.
+    """[R, B] float64 weights: inverse inclusion probability where a block is kept, 0 where it is not, or no number.
 
-    Sums run in float64: with a thousand blocks a float32 running sum would be off by more than the probability of a
-    small block.
+    Sums are of integers in units of 2^-44: with a thousand blocks a float32 running sum would be off by more than the
+    probability of a small block, and sums of integers have no order.
     """
-    probability = (masses.double() / threshold).clamp_(max=1.0)
-    passed = probability.cumsum(1).add_(offsets.double()[:, None]).floor_()
+    probability = (masses.double() / threshold).clamp_(max=1.0).nan_to_num_(0.0)
+    passed = (probability * ONE).long().cumsum(1).add_((offsets.double() * ONE).long()[:, None]) >> SHIFT
     first = passed[:, :1] > 0
-    kept = torch.cat((first, passed[:, 1:] > passed[:, :-1]), 1) | (probability >= 1)
+    kept = torch.cat((first, passed[:, 1:] > passed[:, :-1]), 1)
     return torch.where(kept, 1 / probability, 0.0)

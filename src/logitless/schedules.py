@@ -6,6 +6,7 @@ which is that of the torch backend on a CPU.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import math
 from collections.abc import Callable, Iterator
@@ -260,9 +261,13 @@ class Search:
     def _keep_windows(self, schedule: Schedule, fits: Fits) -> Schedule:
         if not self._may_keep:
             return schedule
-        windows = math.ceil(self.shape.vocabulary / schedule.window)
-        options = (replace(schedule, kept_windows=count) for count in range(windows - schedule.lodged_windows, 0, -1))
-        return next((option for option in options if fits(option)), schedule)
+        most = math.ceil(self.shape.vocabulary / schedule.window) - schedule.lodged_windows
+
+        def exceeds(count: int) -> bool:
+            return not fits(replace(schedule, kept_windows=count))
+
+        # More windows take more memory, so that those counts that fit come first.
+        return replace(schedule, kept_windows=bisect.bisect_left(range(1, most + 1), True, key=exceeds))
 
     def _windowed_work(self, schedule: Schedule) -> float:
         """Work in columns of one product: four a column, one fewer where its logits are kept."""

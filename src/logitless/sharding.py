@@ -3,9 +3,11 @@
 A rank computes statistics of its own shard as if that were all, with a target that lies elsewhere taken for its first
 entry. What its row is in the whole vocabulary follows from one all-gather of ``[C, N]`` numbers,
 
-    logsumexp    = log sum_r exp(logsumexp_r)            target_logit = that of the rank that has the target
-    mean_logit   = sum_r exp(logsumexp_r - logsumexp) mean_logit_r
-    smooth_logit = sum_r smooth_logit_r                  prediction   = that of the first rank with the largest logit
+    peak         = max_r peak_r                          prediction   = that of the first rank with the largest logit
+    log_sum      = log sum_r exp(peak_r - peak + log_sum_r)
+    target_logit = that of the rank that has the target
+    mean_gap     = sum_r q_r (mean_gap_r + peak - peak_r),   q_r = exp(peak_r - peak + log_sum_r - log_sum)
+    smooth_logit = sum_r (smooth_logit_r + (peak_r - peak) sum_v s_v), v in the shard of r
 
 and gradients follow from these and the coefficients, of which ``c`` is 0 on ranks that do not have the target: those of
 the weight and the bias are the shard's own, those of the hidden states a sum over ranks, one all-reduce. All ranks form
@@ -20,7 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -43,14 +45,12 @@ class Layout:
         rank: this one's number in the group.
         sizes: rows of the weight, by rank.
         rows: rows of the hidden states by rank, where they are sharded too; None where each rank has all.
-        sums: whether the gradient of the hidden states is to be summed over ranks; no, where the caller does.
     """
 
     group: dist.ProcessGroup
     rank: int
     sizes: tuple[int, ...]
     rows: tuple[int, ...] | None
-    sums: bool = True
 
     @property
     def vocabulary(self) -> int:
@@ -84,7 +84,7 @@ class Layout:
     def summed(self, gradient: torch.Tensor) -> torch.Tensor:
         """[N, D] the sum over ranks, or [R, D] its rows of this rank; in fp32, or fp64."""
         gradient = gradient if gradient.dtype == torch.float64 else gradient.float()
-        if gradient.shape[0] == 0 or not self.sums:
+        if gradient.shape[0] == 0:
             return gradient
         if self.rows is None:
             gradient = gradient.contiguous()
@@ -144,14 +144,18 @@ class Merging:
     It is the ``Problem.merge`` of a sharded problem.
     """
 
-    def __init__(self, shard: Shard) -> None:
-        """Nothing merged yet."""
+    def __init__(self, shard: Shard, smoothing: torch.Tensor | float | None) -> None:
+        """Nothing merged yet, of a shard with that weight of each logit in ``smooth_logit``, or one for all."""
         self._layout, self._has_target = shard.layout, shard.has_target
+        if isinstance(smoothing, torch.Tensor):
+            self._smoothing: torch.Tensor | float = smoothing.sum()
+        else:
+            self._smoothing = (smoothing or 0.0) * shard.layout.sizes[shard.layout.rank]
         self._parts: list[Statistics] = []
 
     def __call__(self, part: Statistics, rows: slice) -> Callable[[], Statistics]:
         """Begins to merge the statistics of some rows; what it returns waits, and gives those of the whole."""
-        columns = _packed(part, self._has_target[rows], self._layout.first)
+        columns = _packed(part, self._has_target[rows], self._layout.first, self._smoothing)
         ranks = len(self._layout.sizes)
         table = columns.new_empty(ranks, *columns.shape)
         gathered = table.view(ranks * columns.shape[0], columns.shape[1])
@@ -166,48 +170,55 @@ class Merging:
 
     def whole(self, statistics: Statistics) -> Statistics:
         """Statistics of the whole from those of the shard, unless a backend has merged them before."""
-        if statistics.logsumexp.shape[0] == 0:
+        if statistics.peak.shape[0] == 0:
             return statistics
         if not self._parts:
-            return self(statistics, slice(0, statistics.logsumexp.shape[0]))()
+            return self(statistics, slice(0, statistics.peak.shape[0]))()
         if len(self._parts) == 1:
             return self._parts[0]
-        names = ("logsumexp", "target_logit", "mean_logit", "smooth_logit", "prediction", "peak_logit")
+        names = [field.name for field in fields(Statistics) if field.name not in ("target_rank", "residuals")]
         columns = {name: [getattr(part, name) for part in self._parts] for name in names}
         joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
         return Statistics(**joined)
 
 
-def _packed(part: Statistics, has_target: torch.Tensor, first: int) -> torch.Tensor:
+def _packed(part: Statistics, has_target: torch.Tensor, first: int, smoothing: torch.Tensor | float) -> torch.Tensor:
     """[C, N] what the ranks tell each other; indices travel as the bits of a float."""
     zero = torch.zeros_like(part.target_logit)
-    columns = [part.logsumexp, torch.where(has_target, part.target_logit, zero)]
-    columns += [values for values in (part.mean_logit, part.smooth_logit) if values is not None]
+    columns = [part.peak, part.log_sum, torch.where(has_target, part.target_logit, zero)]
+    if part.mean_gap is not None:
+        columns.append(part.mean_gap)
+    if part.smooth_logit is not None:
+        columns += [part.smooth_logit, zero + smoothing]
     if part.prediction is not None:
-        assert part.peak_logit is not None
         integer = torch.int64 if zero.dtype == torch.float64 else torch.int32
-        columns += [part.peak_logit, (part.prediction + first).to(integer).view(zero.dtype)]
+        columns.append((part.prediction + first).to(integer).view(zero.dtype))
     return torch.stack(columns)
 
 
 def _merged(table: torch.Tensor, part: Statistics) -> Statistics:
     """Statistics of the whole from [ranks, C, N] those of the shards."""
     columns = iter(table.unbind(1))
-    shares = next(columns)
-    logsumexp = shares.logsumexp(0)
+    peaks, log_sums = next(columns), next(columns)
+    peaks = torch.where(log_sums == -torch.inf, -torch.inf, peaks)  # of a shard whose logits are all -inf
+    rank = torch.where(log_sums.isnan(), torch.nan, peaks).argmax(0)  # a row with NaN predicts the first of them
+    peak = peaks.amax(0)
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    below = peaks - peak
+    log_sum = (below + log_sums).exp().sum(0).log()
     target_logit = next(columns).sum(0)
-    mean = smooth = prediction = peak = None
-    if part.mean_logit is not None:
-        share = (shares - logsumexp).exp()
-        mean = torch.where(share > 0, share * next(columns), 0.0).sum(0)
+    mean_gap = smooth = prediction = None
+    if part.mean_gap is not None:
+        share = ((below + log_sums) - log_sum).exp()
+        mean_gap = torch.where(share == 0, 0.0, share * (next(columns) - below)).sum(0)
     if part.smooth_logit is not None:
-        smooth = next(columns).sum(0)
+        smooth, smoothing = next(columns), next(columns)
+        smooth = (smooth + torch.where(below == -torch.inf, 0.0, below) * smoothing).sum(0)
     if part.prediction is not None:
-        peaks, bits = next(columns), next(columns)
+        bits = next(columns)
         integer = torch.int64 if bits.dtype == torch.float64 else torch.int32
-        peak, rank = peaks.max(0)
         prediction = bits.contiguous().view(integer).gather(0, rank[None])[0].long()
-    return Statistics(logsumexp, target_logit, mean, smooth, prediction, peak_logit=peak)
+    return Statistics(peak, log_sum, target_logit, mean_gap, smooth, prediction)
 
 
 # --- agreement --------------------------------------------------------------------------------------------------------

@@ -2,53 +2,70 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 import re
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
 
 import torch
 
+from logitless.arguments import INT64_MOST, check_choice, check_flag, check_index, check_number, shown
 from logitless.dtensors import is_dtensor
-from logitless.options import BACKENDS, ESTIMATED_OUTPUTS, REDUCTIONS, TOKEN_OUTPUTS, Sampled
+from logitless.options import BACKENDS, ESTIMATED_OUTPUTS, REDUCTIONS, TOKEN_OUTPUTS, Reduction, Sampled
+from logitless.transforms import check_differentiation, check_transforms
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+SHORT_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, *UNSIGNED)
+# A letter alone is a binary unit, as it is to Docker, Slurm and the Java machine.
+UNITS = {
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{unit: 1024**power for power, letter in enumerate("kmgt", 1) for unit in (letter, f"{letter}ib")},
+}
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """The value is one of the names."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+# Digits of a number of bytes, leading zeros and those after the point included.
+LONGEST_NUMBER = 100
 
 
-def check_reduction(value: object) -> None:
+def check_reduction(value: object) -> Reduction:
     """A reduction."""
-    check_choice("reduction", value, REDUCTIONS)
+    return check_choice("reduction", value, REDUCTIONS)
 
 
-def check_backend(value: object) -> None:
+def check_backend(value: object) -> str:
     """A backend."""
-    check_choice("backend", value, BACKENDS)
+    return check_choice("backend", value, BACKENDS)
 
 
 def check_outputs(outputs: object) -> tuple[str, ...]:
     """Names of per-token outputs, at least one, none twice."""
-    if isinstance(outputs, str) or not isinstance(outputs, (tuple, list)):
-        raise TypeError(f"outputs must be a tuple of names such as ('nll', 'entropy'), got {outputs!r}")
-    if not outputs or len(set(outputs)) != len(outputs):
-        raise ValueError(f"outputs must name at least one output and none twice, got {outputs!r}")
-    for name in outputs:
-        check_choice("each of outputs", name, TOKEN_OUTPUTS)
-    return tuple(outputs)
+    if not isinstance(outputs, (tuple, list)):
+        raise TypeError(f"outputs must be a tuple of names such as ('nll', 'entropy'), got {shown(outputs)}")
+    names = tuple(check_choice("each of outputs", name, TOKEN_OUTPUTS) for name in outputs)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"outputs must name at least one output and none twice, got {shown(outputs)}")
+    return names
 
 
 def check_gradient(value: object) -> Sampled | None:
     """``"exact"`` as None, or the ``Sampled`` given."""
     if isinstance(value, Sampled):
         return value
-    if value != "exact":
-        hint = "; write Sampled()" if value is Sampled or value == "sampled" else ""
-        raise ValueError(f"gradient must be 'exact' or a logitless.Sampled, got {value!r}{hint}")
+    if not isinstance(value, str) or value != "exact":
+        hint = "; write Sampled()" if value is Sampled or (isinstance(value, str) and value == "sampled") else ""
+        raise ValueError(f"gradient must be 'exact' or a logitless.Sampled, got {shown(value)}{hint}")
     return None
+
+
+def check_group_type(value: object) -> None:
+    """A process group, or None."""
+    if value is not None and not isinstance(value, torch.distributed.ProcessGroup):
+        expected = "a torch.distributed.ProcessGroup or None"
+        raise TypeError(f"group must be {expected}, got {type(value).__name__}; of a DeviceMesh take get_group()")
 
 
 def check_scan(gradient: Sampled | None, outputs: tuple[str, ...], *, sharded: bool) -> None:
@@ -65,41 +82,56 @@ def check_scan(gradient: Sampled | None, outputs: tuple[str, ...], *, sharded: b
         )
 
 
-def check_number(
-    name: str, value: object, *, least: float = -math.inf, most: float = math.inf, above: float | None = None
-) -> None:
-    """A finite Python number within bounds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    if above is not None and value <= above:
-        raise ValueError(f"{name} must be greater than {above}, got {value}")
-    if not least <= value <= most:
-        expected = f"at least {least}" if most == math.inf else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {expected}, got {value}")
+def check_softcap(value: object) -> float | None:
+    """The bound of the logits, or None."""
+    return None if value is None else check_number("softcap", value, above=0, underflows=False)
 
 
-def check_index(name: str, value: object) -> None:
-    """An integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def check_logit_scale(value: object) -> float:
+    """The factor of the products."""
+    return check_number("logit_scale", value)
 
 
-def check_size(name: str, value: int, *, least: int) -> None:
-    """An integer size."""
-    check_index(name, value)
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def check_ignore_index(value: object) -> int:
+    """The target of tokens that do not count."""
+    return check_index("ignore_index", value)
+
+
+def check_label_smoothing(value: object) -> float:
+    """The share of the labels that is spread over the vocabulary."""
+    return check_number("label_smoothing", value, least=0, most=1)
+
+
+def check_z_loss(value: object) -> float:
+    """The coefficient of the squared logsumexp."""
+    return check_number("z_loss", value, least=0)
 
 
 def check_dtype(name: str, value: object) -> torch.dtype:
     """A floating dtype, given as such or by name."""
-    dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    if dtype not in FLOATING:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, FLOATING))}, got {value!r}")
-    assert isinstance(dtype, torch.dtype)
+    dtype = value
+    if isinstance(value, str):
+        dtype = SHORT_NAMES.get(value) or getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, FLOATING))}, got {shown(value)}")
     return dtype
+
+
+def dtype_name(name: str) -> str:
+    """PyTorch's name of a dtype that may have been given by its short one."""
+    return str(SHORT_NAMES.get(name, name)).removeprefix("torch.")
+
+
+def check_device(name: str, value: object) -> torch.device:
+    """A device of PyTorch, given as such or by name; whether it is there is another question."""
+    if isinstance(value, torch.device):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a torch.device or its name, got {type(value).__name__}")
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be a device such as 'cpu' or 'cuda:0', got {shown(value)}") from error
 
 
 def check_workspace(value: object) -> int | None:
@@ -107,18 +139,52 @@ def check_workspace(value: object) -> int | None:
     if value is None:
         return None
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", value.lower())
-        unit = UNITS.get(match[2] or "b") if match else None
-        if match is None or unit is None:
-            raise ValueError(f"workspace must be bytes as an int or text such as '512MiB' or '2GB', got {value!r}")
-        count = int(float(match[1]) * unit)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        count = value
-    else:
+        count = _bytes(value)
+    elif isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"workspace must be an int, text such as '512MiB', or None, got {type(value).__name__}")
+    else:
+        count = int(value)
     if count <= 0:
-        raise ValueError(f"workspace must be greater than 0 bytes, got {value!r}; leave it None for the default policy")
+        raise ValueError(
+            f"workspace must be greater than 0 bytes, got {shown(value)}; leave it None for the default policy"
+        )
+    if count > INT64_MOST:
+        raise ValueError(f"workspace must be less than 2**63 bytes, got {shown(value)}")
     return count
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-z]*)\s*", text.lower())
+    unit = UNITS.get(match[2] or "b") if match else None
+    if match is None or unit is None:
+        raise ValueError(f"workspace must be bytes as an int or text such as '512MiB' or '2GB', got {shown(text)}")
+    if len(match[1]) > LONGEST_NUMBER:
+        raise ValueError(f"workspace must be a number of at most {LONGEST_NUMBER} digits, got {shown(text)}")
+    return int(Fraction(match[1]) * unit)
+
+
+# Options that say all by themselves, whatever tensors a call has.
+OPTIONS: dict[str, Callable[[Any], object]] = {
+    "reduction": check_reduction,
+    "ignore_index": check_ignore_index,
+    "label_smoothing": check_label_smoothing,
+    "z_loss": check_z_loss,
+    "softcap": check_softcap,
+    "logit_scale": check_logit_scale,
+    "gradient": check_gradient,
+    "workspace": check_workspace,
+    "backend": check_backend,
+    "group": check_group_type,
+    "sequence_parallel": lambda value: check_flag("sequence_parallel", value),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Those of ``linear_cross_entropy``'s options that are there, before there is a call."""
+    for name, value in options.items():
+        if name in OPTIONS:
+            OPTIONS[name](value)
+    check_scan(check_gradient(options.get("gradient", "exact")), (), sharded=options.get("group") is not None)
 
 
 def check_main_grad(main_grad: object, linear_weight: torch.Tensor) -> None:
@@ -150,6 +216,7 @@ def check_adapter(
         if is_dtensor(tensor):
             raise TypeError(f"{name} must be a plain tensor, got a DTensor; pass its to_local()")
         _same_device(name, tensor, input)
+        check_differentiation(name, tensor)
     if weight.ndim != 2 or weight.shape[0] != linear_weight.shape[0]:
         expected = f"({linear_weight.shape[0]}, R)"
         raise ValueError(f"adapter[1] must have shape {expected}, rows as linear_weight, got {tuple(weight.shape)}")
@@ -159,15 +226,14 @@ def check_adapter(
         raise ValueError("main_grad must be None with adapter, for it is a buffer of linear_weight's gradient alone")
 
 
-def check_group(group: object, sequence_parallel: bool) -> None:
+def check_group(group: torch.distributed.ProcessGroup | None, sequence_parallel: bool) -> None:
     """A process group that this rank is in, or None."""
+    check_group_type(group)
+    check_flag("sequence_parallel", sequence_parallel)
     if group is None:
         if sequence_parallel:
             raise ValueError("sequence_parallel=True needs group=, the ranks that the rows of input are sharded over")
         return
-    if not isinstance(group, torch.distributed.ProcessGroup):
-        expected = "a torch.distributed.ProcessGroup or None"
-        raise TypeError(f"group must be {expected}, got {type(group).__name__}; of a DeviceMesh take get_group()")
     if group.rank() < 0:
         raise ValueError("group must be one that this rank is in")
     if torch.compiler.is_compiling():
@@ -185,9 +251,16 @@ def _floating(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} must have dtype {', '.join(map(str, FLOATING))}, got {tensor.dtype}")
 
 
+def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Two tensors on one device."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}; move it there"
+        )
+
+
 def _same_device(name: str, tensor: torch.Tensor, input: torch.Tensor) -> None:
-    if tensor.device != input.device:
-        raise ValueError(f"{name} must be on the device of input, {input.device}, got {tensor.device}; move it there")
+    check_same_device(name, tensor, "input", input)
 
 
 def _shaped(name: str, tensor: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -205,6 +278,7 @@ def check_head(
     sharded_rows: bool = False,
 ) -> None:
     """Types, dtypes, devices and shapes of hidden states, head and targets."""
+    check_transforms()
     input, linear_weight, target = (
         _tensor("input", input),
         _tensor("linear_weight", linear_weight),
@@ -240,6 +314,9 @@ def check_head(
         _floating("linear_bias", linear_bias)
         _shaped("linear_bias", linear_bias, (linear_weight.shape[0],), "the rows of linear_weight")
         _same_device("linear_bias", linear_bias, input)
+    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None:
+            check_differentiation(name, tensor)
 
 
 def check_weighting(name: str, value: object, input: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -248,13 +325,30 @@ def check_weighting(name: str, value: object, input: torch.Tensor, expected: tup
     _floating(name, tensor)
     _shaped(name, tensor, expected, meaning)
     _same_device(name, tensor, input)
+    _constant(name, tensor)
+
+
+def _constant(name: str, tensor: torch.Tensor) -> None:
     if tensor.requires_grad:
         raise ValueError(
             f"{name} must not require grad, for the loss is not differentiable in it; pass {name}.detach()"
         )
+    check_differentiation(name, tensor)
 
 
-def check_normalizer(value: object, reduction: str, input: torch.Tensor, *, tokens_apart: bool) -> None:
+def check_class_weight(value: object) -> torch.Tensor:
+    """Class weights [V] of a head that is not known yet."""
+    tensor = _tensor("weight", value)
+    _floating("weight", tensor)
+    if tensor.ndim != 1:
+        raise ValueError(f"weight must have shape [V], got {tuple(tensor.shape)}")
+    _constant("weight", tensor)
+    return tensor
+
+
+def check_normalizer(
+    value: object, reduction: str, input: torch.Tensor, *, tokens_apart: bool
+) -> torch.Tensor | float | None:
     """A number or scalar tensor, not negative, for the mean only.
 
     Where DTensors shard the tokens gradients are summed over the ranks, and a mean needs the number of all.
@@ -265,40 +359,54 @@ def check_normalizer(value: object, reduction: str, input: torch.Tensor, *, toke
                 "normalizer must be given for reduction='mean' where DTensors shard the tokens, of which this rank "
                 "knows its own: pass logitless.count_tokens(target, group=mesh.get_group(dimension)) of local targets"
             )
-        return
+        return None
     if reduction != "mean":
         raise ValueError(
-            f"normalizer must be None with reduction={reduction!r}, got {value!r}; it replaces the count in 'mean'"
+            f"normalizer must be None with reduction={reduction!r}, got {shown(value)}; it replaces the count in 'mean'"
         )
-    if isinstance(value, torch.Tensor):
-        _shaped("normalizer", value, (), "a scalar")
-        if value.requires_grad:
-            raise ValueError("normalizer must not require grad; pass normalizer.detach()")
-        if value.device.type != "cpu":  # asking an accelerator would stop the host
-            _same_device("normalizer", value, input)
-            return
-        value = value.item()
-    check_number("normalizer", value, least=0)
+    if not isinstance(value, torch.Tensor):
+        return check_number("normalizer", value, least=0, underflows=False)
+    _shaped("normalizer", value, (), "a scalar")
+    if value.requires_grad:
+        raise ValueError("normalizer must not require grad; pass normalizer.detach()")
+    check_differentiation("normalizer", value)
+    if value.device.type != "cpu":  # asking an accelerator would stop the host
+        _same_device("normalizer", value, input)
+    else:
+        check_number("normalizer", value.item(), least=0)
+    return value
 
 
-def check_target_type(target: object) -> None:
+def check_target_type(target: object) -> torch.Tensor:
     """A tensor of integers."""
-    if _tensor("target", target).dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(
-            f"target must have an integer dtype (vocabulary indices), got {_tensor('target', target).dtype}"
-        )
+    target = _tensor("target", target)
+    if target.dtype not in INTEGERS:
+        raise TypeError(f"target must have an integer dtype (vocabulary indices), got {target.dtype}")
+    return target
+
+
+def indices(
+    target: torch.Tensor,  # [...]
+    ignore_index: int,
+) -> torch.Tensor:
+    """[N] int64, in row-major order; what int64 cannot hold becomes an index that is out of range and not ignored."""
+    flat = target.detach().reshape(-1).long()
+    if target.dtype != torch.uint64:
+        return flat
+    return flat.masked_fill(flat < 0, -1 if ignore_index != -1 else -2)
 
 
 def check_targets_in_range(
-    target: torch.Tensor,  # [N]
+    target: torch.Tensor,  # [...]
     vocabulary: int,
     ignore_index: int,
 ) -> None:
     """Every target lies in [0, V) or is ignored. Waits for the device of the targets."""
-    wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    flat = indices(target, ignore_index)
+    wrong = ((flat < 0) | (flat >= vocabulary)) & (flat != ignore_index)
     if wrong.any():
         first = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"target must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, got {int(target[first])} at "
-            f"token {first} (of {target.shape[0]}, in row-major order)"
+            f"target must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, got "
+            f"{target.detach().reshape(-1)[first].item()} at token {first} (of {flat.shape[0]}, in row-major order)"
         )

@@ -68,6 +68,8 @@ def exactly_rounded_inputs(tokens: int = 300, hidden: int = 256, vocabulary: int
     operands = [torch.randint(-3, 4, (rows, hidden), generator=random, device=DEVICE) for rows in (tokens, vocabulary)]
     for operand in operands:
         operand[:, 0] = 7
+    half = vocabulary // 2
+    operands[1][half : 2 * half] = -operands[1][:half]  # so that the mean row, which is subtracted, is 0
     target = torch.randint(vocabulary, (tokens,), generator=random, device=DEVICE)
     return Inputs(*(operand.float().requires_grad_() for operand in operands), target)
 

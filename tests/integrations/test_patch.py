@@ -701,7 +701,9 @@ class Leaves:
 
     def deferred(self) -> DeferredLogits:
         moment = Moment.now(parameters_of([self.head]), Since(Backward()))
-        return DeferredLogits((Term(self.hidden, self.head),), self.hidden.dtype, {}, Record(), moment)
+        return DeferredLogits(
+            (Term(self.hidden, self.head, self.head.out_features),), self.hidden.dtype, {}, Record(), moment
+        )
 
     def gradients(self, value: Tensor) -> list[Tensor]:
         """Of a sum whose weights differ."""
@@ -939,7 +941,7 @@ def test_logits_asked_for_after_evaluation(mode):
 
 
 DERIVED: dict[str, Callable[[Any], Tensor]] = {
-    "themselves": lambda logits: logits.detach(),
+    "themselves": lambda logits: logits.detach() + 0,
     "rows": lambda logits: logits[:, :-1].detach(),
     "scaled": lambda logits: (logits / 2).softmax(-1),
     "cast": lambda logits: logits.double().detach(),

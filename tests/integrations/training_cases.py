@@ -211,7 +211,7 @@ class AskedTooLate:
         if self.again:
             parallel(**given)
         try:
-            return f"computed {tuple(output.logits.detach().shape)}"
+            return f"computed {tuple((output.logits.detach() + 0).shape)}"
         except RuntimeError as error:
             return str(error)
 

@@ -28,6 +28,7 @@ N tokens, D hidden, V vocabulary; the rows of a ``Problem`` are those that count
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -44,7 +45,7 @@ LODGING = 0
 
 WeightLayout = Literal["rows", "columns", "unaligned", "strided"]
 Strategy = Literal["loss_only", "stored", "chunked", "windowed", "sampled"]
-Statistic = Literal["mean_logit", "smooth_logit", "prediction", "target_rank"]
+Statistic = Literal["mean_gap", "smooth_logit", "prediction", "target_rank"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Shape:
         softcapped: whether the logits are capped.
         threshold: that of the sampled gradient, None for the exact one.
         scan: precision of the sampled gradient's scan; ``"input"`` for the exact one.
-        compacted: whether the hidden states are a packed copy of the caller's (rows left out, or unusual strides).
+        compacted: whether rows of the hidden states are copied (some left out, or unusual strides) before a product.
         weight_layout: of the weight in memory: ``"rows"`` one after the other, aligned to 16 bytes; ``"columns"`` one
             after the other; ``"unaligned"`` rows; or ``"strided"``, neither.
         main_grad: whether the weight's gradient is added to an fp32 buffer of the caller's.
@@ -101,7 +102,7 @@ class Shape:
     @classmethod
     def of(
         cls,
-        hidden: torch.Tensor,  # [N, D]
+        hidden: torch.Tensor,  # [..., D]
         weight: torch.Tensor,  # [V, D]
         tokens: int,
         **others: Any,
@@ -109,7 +110,7 @@ class Shape:
         """The shape of a problem on these tensors, of which ``tokens`` rows count."""
         return cls(
             tokens=tokens,
-            hidden=int(hidden.shape[1]),
+            hidden=int(hidden.shape[-1]),
             vocabulary=int(weight.shape[0]),
             hidden_dtype=hidden.dtype,
             weight_dtype=weight.dtype,
@@ -206,7 +207,7 @@ class Problem:
 
     Attributes:
         shape: the same problem without its tensors.
-        hidden: [N, D] packed rows that count.
+        hidden: [M, D] memory that holds the rows that count. Where ``hidden_index`` is None these are its rows.
         weight: [V, D] rows of the output projection.
         bias: [V], or None.
         target: [N] int64 vocabulary indices, all in [0, V) where the device could be asked.
@@ -219,6 +220,7 @@ class Problem:
         merge: where the weight is a shard of the whole vocabulary, begins to merge the statistics of some rows, and
             returns what waits for those of the whole. Strategies that need these before the backward pass call it, for
             all rows in order; others leave it to the operator. None where the weight is the whole.
+        hidden_index: [N] int64 the rows of ``hidden``, which may overlap in memory; see ``hidden_rows``.
         rank_above: [N] logits above which ``target_rank`` counts entries; None for those of the targets.
     """
 
@@ -233,32 +235,73 @@ class Problem:
     main_grad: torch.Tensor | None
     offsets: torch.Tensor | None
     merge: Callable[[Statistics, slice], Callable[[], Statistics]] | None = None
+    hidden_index: torch.Tensor | None = None
     rank_above: torch.Tensor | None = None
+
+    def hidden_rows(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """[R, D] some of the rows, contiguous; zeros where they do not count. Copied only where they have to be."""
+        index = rows if self.hidden_index is None else self.hidden_index[rows]
+        taken = self.hidden[index] if isinstance(index, slice) else self.hidden.index_select(0, index)
+        if self.counted is not None:
+            taken = taken.masked_fill(~self.counted[rows, None], 0)  # zero times what ignored rows hold could be NaN
+        return taken.contiguous()
+
+
+def rows_of(
+    hidden: torch.Tensor,  # [..., D]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A matrix [M, D] in the memory of hidden states, and [N] which of its rows they are; None for all, in order.
+
+    No strides make a copy: rows of a slice such as ``hidden[:, :-1]``, of a transpose or of an expanded tensor are at
+    multiples of one pitch.
+    """
+    size = hidden.shape[-1]
+    try:
+        return hidden.view(-1, size), None
+    except RuntimeError:  # the rows are not one stride apart
+        pass
+    leading = [(count, step) for count, step in zip(hidden.shape[:-1], hidden.stride()[:-1], strict=True) if count > 1]
+    pitch = math.gcd(*(step for _, step in leading)) or 1
+    index = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    for count, step in leading:
+        index = index[..., None] + torch.arange(count, device=hidden.device) * (step // pitch)
+    last = sum((count - 1) * (step // pitch) for count, step in leading)
+    matrix = hidden.as_strided((last + 1, size), (pitch, hidden.stride(-1)))
+    return matrix, index.reshape(-1)
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Everything a loss can ask of a row. Each field is [N]; the floats in the problem's statistics dtype.
 
+    The log-sum-exp is kept in two parts, because a loss is a difference of logits: where a token is predicted with
+    confidence ``logsumexp - target_logit`` would be off by an ulp of the logits, however small the loss is, and
+    ``(peak - target_logit) + log_sum`` is off by an ulp of one. What else is made of logits is relative to the peak.
+
     Attributes:
-        logsumexp: log of the sum of exponentials of the row's logits.
+        peak: the row's largest logit; 0 where all are -inf.
+        log_sum: log of the sum of exponentials of the row's logits less the peak: at least 0.
         target_logit: the target's logit.
-        mean_logit: softmax expectation of the logit, or None.
-        smooth_logit: sum of the logits weighted by ``Problem.smoothing``, or None.
+        mean_gap: softmax expectation of what the logit lies below the peak, or None: the entropy less ``log_sum``.
+        smooth_logit: sum of the logits less the peak, weighted by ``Problem.smoothing``, or None.
         prediction: int64 index of the largest logit, or None.
         target_rank: int64 number of other entries with a logit above the target's, or None.
-        peak_logit: the largest logit, where ``prediction`` is not None.
         residuals: tensors that the backward pass of the same backend may reuse, and use up: see ``residuals``.
     """
 
-    logsumexp: torch.Tensor
+    peak: torch.Tensor
+    log_sum: torch.Tensor
     target_logit: torch.Tensor
-    mean_logit: torch.Tensor | None = None
+    mean_gap: torch.Tensor | None = None
     smooth_logit: torch.Tensor | None = None
     prediction: torch.Tensor | None = None
     target_rank: torch.Tensor | None = None
-    peak_logit: torch.Tensor | None = None
     residuals: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def logsumexp(self) -> torch.Tensor:
+        """[N] log of the sum of exponentials of the row's logits."""
+        return self.peak + self.log_sum
 
     def leaving(self, residuals: tuple[torch.Tensor, ...]) -> Statistics:
         """The same statistics, with something for the backward pass."""
@@ -267,8 +310,9 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The one form of every gradient: ``dz_v = p_v (a + b z_v) - c [v = target] - d s_v``, each field [N].
+    """The one form of every gradient, each field [N].
 
+    With z0 the row's peak it is ``dz_v = p_v (a + b (z_v - z0)) - c [v = target] - d s_v``.
     ``s`` is ``Problem.smoothing``; the chain factors of cap and scale are the backend's. None means zero.
     """
 
@@ -308,9 +352,9 @@ class AffineCoefficients:
             d=None if self.d is None else self.d[rows],
         )
 
-    def at(self, logsumexp: torch.Tensor) -> Coefficients:
+    def at(self, statistics: Statistics) -> Coefficients:
         """The coefficients, statistics known."""
-        a = self.a if self.slope is None else self.a + self.slope * logsumexp
+        a = self.a if self.slope is None else self.a + self.slope * statistics.logsumexp
         return Coefficients(a=a, b=None, c=self.c, d=self.d)
 
 
@@ -330,10 +374,11 @@ class BackendModule(Protocol):
     """The functions of a backend, as a type.
 
     Attributes:
-        SKIPS_ROWS: whether rows that do not count are never computed with, so that they may hold anything.
+        READS_MATRIX: whether it needs all rows in one contiguous matrix, ``Problem.hidden``, and skips by itself those
+            that do not count; others take rows by ``Problem.hidden_rows``.
     """
 
-    SKIPS_ROWS: bool
+    READS_MATRIX: bool
 
     def unsupported(self, shape: Shape) -> str | None:
         """Why the backend cannot serve the problem, or None."""

@@ -3,7 +3,7 @@
 With ``k_v = (z_v / cap)^2`` (0 without a cap) and ``r_v`` the weight of v's block (1 for the exact gradient), the
 gradient of a row's capped logits, scale apart, is
 
-    dz_v = r_v (1 - k_v) p_v (a + b z_v) - (1 - k_v) c [v = target] - (1 - r_v k_v) d s_v
+    dz_v = r_v (1 - k_v) p_v (a + b (z_v - z0)) - (1 - k_v) c [v = target] - (1 - r_v k_v) d s_v
 
 which for r = 1 is the form of ``Coefficients`` times the chain factor of the cap. Memory is that of the
 two-stage pipeline and more; of the schedule, only whether the gradient is sampled matters.
@@ -33,10 +33,10 @@ from logitless.backends.contract import (
     TensorForm,
 )
 from logitless.options import BLOCK
-from logitless.quantisation import left_operand, loud_channels, right_operand
+from logitless.quantisation import left_operand, loud_channels, mean_row, right_operand
 from logitless.sampling import block_sums, inclusion_weights, mix_in_smoothing
 
-SKIPS_ROWS = False
+READS_MATRIX = False
 
 
 def unsupported(shape: Shape) -> str | None:
@@ -73,7 +73,7 @@ def _operands(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states and weight as they enter the products: rounded to the compute dtype, held wider."""
     shape = problem.shape
     return (
-        problem.hidden.to(shape.compute_dtype).to(shape.statistics_dtype),
+        problem.hidden_rows(slice(0, shape.tokens)).to(shape.compute_dtype).to(shape.statistics_dtype),
         problem.weight.to(shape.compute_dtype).to(shape.statistics_dtype),
     )
 
@@ -89,8 +89,8 @@ def _scanned_logits(problem: Problem) -> torch.Tensor:
     if not problem.shape.estimated:
         return _logits(problem)
     hidden, weight = _operands(problem)
-    channels = loud_channels(hidden)
-    return _after_product(problem, left_operand(hidden, channels) @ right_operand(weight, channels).T)
+    channels, mean = loud_channels(hidden), mean_row(weight)
+    return _after_product(problem, left_operand(hidden, channels, mean) @ right_operand(weight, channels, mean).T)
 
 
 def _after_product(problem: Problem, products: torch.Tensor) -> torch.Tensor:
@@ -110,46 +110,68 @@ def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | No
         return _estimated(problem, z)
     wanted = problem.shape.statistics
     target_logit = z.gather(1, problem.target[:, None])
-    lse = z.logsumexp(1)
+    peak, log_sum = _log_sum_exp(z)
     above = target_logit if problem.rank_above is None else problem.rank_above[:, None]
-    p = (z - lse[:, None]).exp()
+    mean_gap = None
+    if "mean_gap" in wanted:
+        below = z - peak[:, None]
+        mean_gap = -_weighted((below - log_sum[:, None]).exp(), below).sum(1)
     return Statistics(
-        logsumexp=lse,
+        peak=peak,
+        log_sum=log_sum,
         target_logit=target_logit[:, 0],
-        mean_logit=torch.where(p > 0, p * z, 0.0).sum(1) if "mean_logit" in wanted else None,
-        smooth_logit=(z * problem.smoothing).sum(1) if problem.smoothing is not None else None,
+        mean_gap=mean_gap,
+        smooth_logit=_smooth_logit(problem, z, peak),
         prediction=z.argmax(1) if "prediction" in wanted else None,
         target_rank=(z > above).sum(1) if "target_rank" in wanted else None,
-        peak_logit=z.amax(1) if "prediction" in wanted else None,
     )
+
+
+def _log_sum_exp(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] peak and [N] log-sum of logits [N, V], as ``Statistics`` has them."""
+    peak = z.amax(1)
+    peak = torch.where(peak == -torch.inf, 0, peak)
+    return peak, (z - peak[:, None]).exp().sum(1).log()
+
+
+def _weighted(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The product, and 0 where p is, whatever is infinite there."""
+    return torch.where(p == 0, 0.0, p * values)
+
+
+def _smooth_logit(problem: Problem, z: torch.Tensor, peak: torch.Tensor) -> torch.Tensor | None:
+    """[N] sum of the logits [N, V] less the peak, weighted by the smoothing, where there is one."""
+    return None if problem.smoothing is None else ((z - peak[:, None]) * problem.smoothing).sum(1)
 
 
 def _estimated(problem: Problem, z: torch.Tensor) -> Statistics:
     """Statistics from a scan in fewer bits, corrected by the blocks that are kept; of logits z."""
     y, r = _scanned_logits(problem), _block_weights(problem)
-    lse = y.logsumexp(1)
-    sums, scanned = (block_sums((logits - lse[:, None]).exp()) for logits in (z, y))
+    peak, log_sum = _log_sum_exp(y)
+    sums, scanned = (block_sums(((logits - peak[:, None]) - log_sum[:, None]).exp()) for logits in (z, y))
     total = 1 + (r * (sums - scanned)).sum(1)
     listed = (r > 0).scatter(1, problem.target[:, None] // BLOCK, True)
     total = torch.maximum(total, torch.where(listed, sums, 0.0).sum(1))
-    smooth = None
-    if problem.smoothing is not None:
-        smooth = (z * problem.smoothing).sum(1)  # without a cap one vector product, so exact
-        if problem.head.softcap is not None:
-            sums, scanned = (block_sums(logits * problem.smoothing) for logits in (z, y))
-            smooth = (scanned + r * (sums - scanned)).sum(1)
+    smooth = _smooth_logit(problem, z, peak)  # without a cap one vector product, so exact
+    if problem.smoothing is not None and problem.head.softcap is not None:
+        sums, scanned = (block_sums((logits - peak[:, None]) * problem.smoothing) for logits in (z, y))
+        smooth = (scanned + r * (sums - scanned)).sum(1)
     return Statistics(
-        logsumexp=lse + total.log(), target_logit=z.gather(1, problem.target[:, None])[:, 0], smooth_logit=smooth
-    )  # fmt: skip
+        peak=peak,
+        log_sum=log_sum + total.log(),
+        target_logit=z.gather(1, problem.target[:, None])[:, 0],
+        smooth_logit=smooth,
+    )
 
 
-def _block_weights(problem: Problem, logsumexp: torch.Tensor | None = None) -> torch.Tensor:
-    """[N, B] weight of each block in the sampled gradient, 0 where it is left out; by this or the scan's own sum."""
+def _block_weights(problem: Problem, statistics: Statistics | None = None) -> torch.Tensor:
+    """[N, B] weight of each block in the sampled gradient, 0 where it is left out; by these or the scan's own sums."""
     threshold, offsets = problem.shape.threshold, problem.offsets
     assert threshold is not None
     assert offsets is not None
     y = _scanned_logits(problem)
-    p = (y - (y.logsumexp(1) if logsumexp is None else logsumexp)[:, None]).exp()
+    peak, log_sum = _log_sum_exp(y) if statistics is None else (statistics.peak, statistics.log_sum)
+    p = ((y - peak[:, None]) - log_sum[:, None]).exp()
     masses = block_sums(p)
     if problem.smoothing is not None and problem.head.softcap is not None:
         masses = mix_in_smoothing(masses, problem.smoothing, problem.shape.vocabulary)
@@ -161,22 +183,25 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     shape, head = problem.shape, problem.head
     hidden, weight = _operands(problem)
     z = _logits(problem)
-    p = (z - statistics.logsumexp[:, None]).exp()
+    below = z - statistics.peak[:, None]
+    p = (below - statistics.log_sum[:, None]).exp()
     k = torch.zeros_like(z) if head.softcap is None else (z / head.softcap).square()
     r = torch.ones_like(z)
     if schedule.strategy == "sampled":
-        whole = None if shape.estimated else statistics.logsumexp
+        whole = None if shape.estimated else statistics
         r = _block_weights(problem, whole).repeat_interleave(BLOCK, 1)[:, : shape.vocabulary]
 
     dz = p * coefficients.a[:, None]
     if coefficients.b is not None:
-        dz = dz + torch.where(p > 0, p * z, 0.0) * coefficients.b[:, None]
+        dz = dz + _weighted(p, below) * coefficients.b[:, None]
     dz = r * dz
     dz.scatter_add_(1, problem.target[:, None], -coefficients.c[:, None])
     dz = dz * (1 - k)
     if coefficients.d is not None:
         assert problem.smoothing is not None
         dz = dz - (1 - r * k) * (coefficients.d[:, None] * problem.smoothing)
+    if problem.counted is not None:
+        dz = dz.masked_fill(~problem.counted[:, None], 0)  # a bias that is not finite reaches every row
 
     weight_gradient = head.logit_scale * (dz.T @ hidden[:, shape.trained_columns]) if shape.weight_gradient else None
     if problem.main_grad is not None and weight_gradient is not None:
@@ -201,5 +226,6 @@ def forward_with_gradients(
     statistics = forward(problem, schedule, ahead)
     whole = statistics
     if problem.merge is not None:
-        whole = replace(statistics, logsumexp=problem.merge(statistics, slice(0, problem.shape.tokens))().logsumexp)
-    return statistics, backward(problem, schedule, whole, ahead.at(whole.logsumexp))
+        merged = problem.merge(statistics, slice(0, problem.shape.tokens))()
+        whole = replace(statistics, peak=merged.peak, log_sum=merged.log_sum)
+    return statistics, backward(problem, schedule, whole, ahead.at(whole))

@@ -6,11 +6,13 @@ N tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from logitless.bench.trained import grow, load_trained_head, widen
+from logitless.demo.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int,
     """Fresh inputs of a case.
 
     Raises:
-        ValueError: the case needs a trained head and none was given, or it is too narrow or has too few rows.
+        InputError: the case needs a trained head and none was given, or it is too narrow or has too few rows.
     """
     if case.on_device:
         inputs = Inputs(
@@ -84,15 +86,16 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int,
         redraw(inputs, seed)
         return inputs
     if not case.trained:
-        generator = torch.Generator().manual_seed(seed)
-        hidden = torch.randn(case.tokens, case.hidden, generator=generator)
-        weight = torch.randn(case.vocabulary, case.hidden, generator=generator) / case.hidden**0.5
-        target = torch.randint(0, case.vocabulary, (case.tokens,), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        normal = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+        hidden = normal(case.tokens, case.hidden)
+        weight = normal(case.vocabulary, case.hidden) / case.hidden**0.5
+        target = torch.randint(0, case.vocabulary, (case.tokens,), generator=generator, device="cpu")
     else:
         if trained_head is None:
-            raise ValueError(f"case {case.name!r} needs the file of a trained head; give it with --trained-head FILE")
+            raise InputError(f"case {case.name!r} needs the file of a trained head: give it with --trained-head FILE")
         head = load_trained_head(trained_head)
-        rows = torch.arange(case.tokens) % head.hidden.shape[0]
+        rows = torch.arange(case.tokens, device="cpu") % head.hidden.shape[0]
         hidden, weight = widen(head.hidden[rows].to(device), head.weight.to(device), case.hidden)
         weight, target = grow(weight, case.vocabulary), head.target[rows]
     return Inputs(hidden.to(device, dtype), weight.to(device, dtype), target.to(device))

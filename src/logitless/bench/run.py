@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from logitless import planning
+from logitless import planning, validation
 from logitless.bench import environment, products
 from logitless.bench.cases import CASES, Case, make_inputs, redraw
 from logitless.bench.isolation import PeerLostError, Progress, call_isolated
@@ -19,11 +20,16 @@ from logitless.bench.measure import CaseResult, Protocol, measure
 from logitless.bench.peers import BASELINE, PEERS, Peer, with_workspace
 from logitless.bench.plot import draw
 from logitless.bench.table import print_case
+from logitless.bench.trained import load_trained_head
+from logitless.demo.errors import InputError
+from logitless.demo.outputs import check_output_file
 
 # Seconds of one forward and backward pass, from which a peer on a GPU is left out of the rounds.
 SLOWEST_ON_GPU = 5.0
 # Seconds that a peer on a GPU may take to compile, to tune and for two passes, before it is given up.
 PATIENCE = 150.0
+# Threads that a benchmark may ask for: more than any machine has, and few enough for the system to start.
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,13 @@ def run_bench(config: BenchConfig, command: str, console: Console) -> int:
     """Measure, print and write; returns the exit code.
 
     Raises:
-        ValueError: a trained head is needed and missing, or unfit.
+        InputError: something given cannot be used; found before anything is measured.
         PeerLostError: on a GPU, the process died, and not at a peer's work.
     """
+    check(config)
     device = torch.device(config.device)
+    if config.trained_head is not None and not any(CASES[name].trained for name in config.cases):
+        console.print("--trained-head: not used, for it is no input of these cases", highlight=False)
     _, lacking = _choose_peers(config, device)
     for name, reason in lacking.items():
         console.print(f"{name}: not measured, {reason}", highlight=False)
@@ -90,6 +99,104 @@ def run_bench(config: BenchConfig, command: str, console: Console) -> int:
     if config.output is not None:
         console.print(f"\nwritten: {config.output}, {_figure(config.output)}")
     return 0
+
+
+def check(config: BenchConfig) -> None:
+    """Checks all that a run needs.
+
+    Raises:
+        InputError: something given cannot be used; the message names the flag.
+    """
+    for flag, given, known in (("--cases", config.cases, CASES), ("--peers", config.peers, PEERS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise InputError(f"{flag} must be among {', '.join(map(repr, known))}, got {unknown[0]!r}")
+    check_between("--rounds", config.rounds, 1)
+    check_between("--seed", config.seed, 0, 2**63 - 1 - config.rounds)
+    if config.threads is not None:
+        check_between("--threads", config.threads, 1, MOST_THREADS)
+    if config.slowest is not None and not 0 < config.slowest < math.inf:
+        raise InputError(f"--slowest must be a positive number of seconds, got {config.slowest}")
+    check_device(config.device)
+    if config.workspace is not None:
+        _check_workspace(config)
+    _check_trained_head(config)
+    if config.output is not None:
+        if config.output == _figure(config.output):
+            raise InputError(f"--output must not end in {config.output.suffix}, as the figure beside it does")
+        check_output_file("--output", config.output)
+        check_output_file("--output", _figure(config.output))
+
+
+def check_between(flag: str, value: int, least: int, most: int | None = None) -> None:
+    """Checks that a number lies within bounds.
+
+    Raises:
+        InputError: it does not; the message names the flag.
+    """
+    if value < least:
+        raise InputError(f"{flag} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise InputError(f"{flag} must be at most {most}, got {value}")
+
+
+def check_device(name: str) -> torch.device:
+    """The CPU or a CUDA device that is there.
+
+    Raises:
+        InputError: it is another, or not there.
+    """
+    try:
+        device = validation.check_device("--device", name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: PyTorch sees no CUDA device here: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here, from cuda:0 on")
+    return device
+
+
+def _check_workspace(config: BenchConfig) -> None:
+    try:
+        validation.check_workspace(config.workspace)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+    for name in config.cases:
+        for dtype in config.dtypes:
+            try:
+                _plan(config, CASES[name], dtype, config.workspace)
+            except ValueError as error:
+                raise InputError(f"--workspace {config.workspace}, case {name} in {dtype}: {error}") from error
+
+
+def _check_trained_head(config: BenchConfig) -> None:
+    path, trained = config.trained_head, [CASES[name] for name in config.cases if CASES[name].trained]
+    if path is None:
+        if trained:
+            raise InputError(f"--cases {trained[0].name} needs the file of a trained head: give it by --trained-head")
+        return
+    if not path.is_file():
+        raise InputError(f"--trained-head: there is no file {path}: give an existing one")
+    if not trained:
+        return
+    width = load_trained_head(path).hidden.shape[1]
+    for case in trained:
+        if width > case.hidden:
+            raise InputError(f"--trained-head: {path} has D={width}, more than D={case.hidden} of case {case.name}")
+
+
+def _plan(config: BenchConfig, case: Case, dtype: str, workspace: str | None = None) -> planning.Plan:
+    return planning.plan(
+        tokens=case.tokens,
+        hidden=case.hidden,
+        vocabulary=case.vocabulary,
+        dtype=dtype,
+        device=config.device,
+        workspace=workspace,
+    )
 
 
 def _measure(config: BenchConfig, name: str, dtype: str, progress: Progress) -> CaseResult:
@@ -182,10 +289,7 @@ def _write(config: BenchConfig, output: Path, report: _Report) -> None:
 
 
 def _content(config: BenchConfig, case: Case, dtype: str, result: CaseResult) -> dict[str, Any]:
-    plan = planning.plan(
-        tokens=case.tokens, hidden=case.hidden, vocabulary=case.vocabulary, dtype=dtype, device=config.device
-    )
-    return {"case": asdict(case), "dtype": dtype, "plan": str(plan), **asdict(result)}
+    return {"case": asdict(case), "dtype": dtype, "plan": str(_plan(config, case, dtype)), **asdict(result)}
 
 
 def _figure(output: Path) -> Path:

@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from logitless.bench.clock import seconds
+from logitless.bench.run import check_between
 from logitless.demo.errors import InputError
+from logitless.demo.outputs import check_output_file
 from logitless.functional import linear_cross_entropy
 from logitless.options import Sampled
 from logitless.schedules import force_strategy
@@ -46,14 +48,25 @@ def tune(problem: Problem, rounds: int, output: Path, console: Console) -> int:
     One that does not fit the device is left out with its reason.
 
     Raises:
-        InputError: there is no GPU.
+        InputError: something given cannot be used, or there is no GPU; found before anything is timed.
     """
+    check_between("--rounds", rounds, 1)
+    for flag, size in (
+        ("--tokens", problem.tokens),
+        ("--hidden", problem.hidden),
+        ("--vocabulary", problem.vocabulary),
+    ):
+        check_between(flag, size, 1, 2**31 - 1)
+    check_output_file("--output", output)
+    written = _read(output)
     if not torch.cuda.is_available():
         raise InputError("tuning needs a CUDA device, and PyTorch sees none")
     from logitless.backends.triton import tiles
 
     device = torch.device("cuda", torch.cuda.current_device())
     generation, itemsize = tiles.generation(device.index), problem.dtype.itemsize
+    if itemsize not in tiles.TILES[generation]:
+        raise InputError(f"--dtype must be one that the kernels multiply in their own tiles, got {problem.dtype}")
     chosen: dict[str, dict[str, int]] = {}
     for kind, run in _kernels(problem, device).items():
         built_in = tiles.TILES[generation][itemsize][kind]
@@ -67,11 +80,23 @@ def tune(problem: Problem, rounds: int, output: Path, console: Console) -> int:
             table.add_row(values, f"{statistics.median(times[tile]) * 1e3:.3f}", f"{ratio:.3f}")
         console.print(table)
         chosen[kind] = asdict(best)
-    written = json.loads(output.read_text()) if output.exists() else {}
     written.setdefault(generation, {})[str(itemsize)] = chosen
     output.write_text(json.dumps(written, indent=2) + "\n")
     console.print(f"wrote {output}; to use it: export {tiles.TUNED_FILE}={output.resolve()}")
     return 0
+
+
+def _read(output: Path) -> dict[str, dict[str, Any]]:
+    """The table that is there already, to which this GPU's tiles are added."""
+    if not output.exists():
+        return {}
+    try:
+        table = json.loads(output.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output: {output} cannot be read ({error}): give another, or remove it") from error
+    if not isinstance(table, dict) or not all(isinstance(part, dict) for part in table.values()):
+        raise InputError(f"--output: {output} is no table of tiles: give another, or remove it")
+    return table
 
 
 def _candidates(kind: Any, built_in: Any) -> Iterator[Any]:
@@ -94,9 +119,10 @@ def _candidates(kind: Any, built_in: Any) -> Iterator[Any]:
 
 def _kernels(problem: Problem, device: torch.device) -> dict[Any, Callable[[], Any]]:
     """A call whose time is that of each kernel, and whatever does not depend on its tile."""
-    hidden = torch.randn(problem.tokens, problem.hidden, device=device).to(problem.dtype).requires_grad_()
-    weight = torch.randn(problem.vocabulary, problem.hidden, device=device).mul_(SPREAD * problem.hidden**-0.5)
-    weight = weight.to(problem.dtype)
+    hidden = torch.randn(problem.tokens, problem.hidden, dtype=torch.float32, device=device)
+    hidden = hidden.to(problem.dtype).requires_grad_()
+    weight = torch.randn(problem.vocabulary, problem.hidden, dtype=torch.float32, device=device)
+    weight = weight.mul_(SPREAD * problem.hidden**-0.5).to(problem.dtype)
     target = torch.randint(problem.vocabulary, (problem.tokens,), device=device)
 
     def scan() -> Any:

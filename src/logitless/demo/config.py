@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from logitless.demo.errors import InputError
 from logitless.options import Scan
+from logitless.validation import dtype_name
 
 HeadKind = Literal["two-stage", "exact", "sampled", "compiled"]
 Optimizer = Literal["adamw", "sgd"]
@@ -173,7 +174,8 @@ def _number(text: str) -> float:
 
 def _argument_type(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}
+        names = {"choices": get_args(hint)}
+        return {**names, "type": dtype_name} if hint == Precision else names
     if hint is int:
         return {"type": int, "metavar": "N"}
     if hint is float:

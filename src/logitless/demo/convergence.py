@@ -25,6 +25,7 @@ from logitless.demo.data import Corpus, held_out_batches
 from logitless.demo.errors import InputError
 from logitless.demo.frequency import loss_by_frequency, rows_by_frequency
 from logitless.demo.memory import memory_meter
+from logitless.demo.outputs import check_output_folder
 from logitless.demo.progress import StepProgress
 from logitless.demo.study import RUNS, SGD_LEARNING_RATE
 from logitless.demo.tokens import load_tokens
@@ -73,6 +74,7 @@ def run_study(study: StudyConfig, command: str, console: Console) -> int:
     base = resolve_device(study.base)
     compile_body = base.device == "cuda" if study.compile_body is None else study.compile_body
     configs = _configs(study, base)
+    check_output_folder("--output", study.output)
     corpus = load_tokens(study.tokens)
     _check_size(corpus, base)
     settings = {
@@ -160,11 +162,11 @@ def _is_finished(path: Path, settings: dict[str, Any]) -> bool:
         stored = json.loads(path.read_text())
         differing = [name for name, value in _flat(settings).items() if _flat(stored)[name] != value]
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error!r}): remove it to do this run again") from error
+        raise InputError(f"--output: {path} cannot be read ({error!r}): remove it to do this run again") from error
     if differing:
         raise InputError(
-            f"{path} is of a run with another {differing[0]} ({_flat(stored)[differing[0]]}, "
-            f"now {_flat(settings)[differing[0]]}): give another --output, or remove it to do this run again"
+            f"--output: {path} is of a run with another {differing[0]} ({_flat(stored)[differing[0]]}, "
+            f"now {_flat(settings)[differing[0]]}): give another folder, or remove it to do this run again"
         )
     return True
 

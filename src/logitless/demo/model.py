@@ -110,14 +110,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: int, sequence: int, seed: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, config.hidden)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.hidden, eps=1e-6)
-        # In memory, since a compiler would compute them anew for every number that is turned.
-        cosine, sine = rotation(torch.arange(sequence), config.hidden // config.heads)
+        with torch.device("cpu"):  # whose generator draws the weights
+            self.embedding = nn.Embedding(vocabulary, config.hidden)
+            self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+            self.norm = nn.RMSNorm(config.hidden, eps=1e-6)
+            # In memory, since a compiler would compute them anew for every number that is turned.
+            cosine, sine = rotation(torch.arange(sequence), config.hidden // config.heads)
         self.register_buffer("cosine", cosine, persistent=False)
         self.register_buffer("sine", sine, persistent=False)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 # What is added to the residual stream starts smaller, so that its size does not grow with the depth.

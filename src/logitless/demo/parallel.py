@@ -77,7 +77,7 @@ class World:
     def largest(self, number: int) -> int:
         """Returns the largest of the numbers that the processes have."""
         device = "cuda" if self.mesh.device_type == "cuda" else "cpu"
-        value = torch.tensor(number, device=device)
+        value = torch.tensor(number, dtype=torch.int64, device=device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 

@@ -21,6 +21,7 @@ from logitless.demo.config import TrainConfig, refuse_conflicts, with_flags
 from logitless.demo.data import Corpus, Tokenizer, cached_corpus, check_size, load_corpus, tekken
 from logitless.demo.errors import InputError
 from logitless.demo.memory import MemoryMeter, memory_meter
+from logitless.demo.outputs import check_output_folder
 from logitless.demo.progress import StepProgress
 from logitless.demo.train import Trainer, resolve_device
 
@@ -61,17 +62,19 @@ class RunFolder:
         return self.path.parent / TOKEN_CACHE
 
     def refuse_existing(self) -> None:
-        """Checks that nothing would be overwritten.
+        """Checks that a new run can be written, and that nothing would be overwritten.
 
         Raises:
-            InputError: the path is taken.
+            InputError: the path is taken, or cannot be written to.
         """
+        for folder in (self.path, self.token_cache):
+            check_output_folder("--run-dir", folder)
         if self.settings.exists():
             raise InputError(
-                f"{self.path} already holds a run: go on with --resume {self.path}, or give a new --run-dir"
+                f"--run-dir: {self.path} already holds a run: go on with --resume {self.path}, or give another folder"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise InputError(f"{self.path} exists and is not an empty folder: give a new --run-dir")
+        if self.path.exists() and any(self.path.iterdir()):
+            raise InputError(f"--run-dir: {self.path} exists and is not an empty folder: give another")
 
     def create(self, config: TrainConfig, tokens_key: str) -> None:
         """Makes the folder and writes the settings."""
@@ -87,11 +90,14 @@ class RunFolder:
         """
         if not self.settings.is_file():
             raise InputError(f"--resume {self.path}: there is no run in this folder (no {self.settings.name})")
+        check_output_folder("--resume", self.path)
         try:
             data = json.loads(self.settings.read_text())
             return TrainConfig.from_json(data["config"]), str(data["tokens"])
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self.settings} cannot be read ({error}): restore it, or start a new run") from error
+            raise InputError(
+                f"--resume: {self.settings} cannot be read ({error}): restore it, or start a new run"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from rich.console import Console
 from logitless.demo.checkpoint import atomic_write
 from logitless.demo.data import Corpus, Tokenizer, tekken
 from logitless.demo.errors import InputError
+from logitless.demo.outputs import check_output_file
 
 CHUNK_CHARACTERS = 1 << 20
 BLANK_LINES = re.compile(r"\n\s*\n")
@@ -40,8 +41,9 @@ def prepare_tokens(folder: Path, path: Path, console: Console, load_tokenizer: C
         The process's exit code, 0.
 
     Raises:
-        InputError: a file is missing, is not UTF-8, or has no text in it.
+        InputError: a file is missing, is not UTF-8, has no text in it, or cannot be written.
     """
+    check_output_file("--tokens", path)
     texts = [_read(folder, name) for name in ("train.txt", "val.txt")]
     with console.status("tokenizing"):
         train, held_out = (_encode(text, load_tokenizer) for text in texts)

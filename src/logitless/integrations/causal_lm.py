@@ -17,6 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from logitless import validation
+from logitless.arguments import check_flag
+from logitless.integrations.deferred import weight_size
 from logitless.integrations.forwards import STATE, State, install, uninstall
 from logitless.integrations.trial import agreement
 from logitless.options import Backend, Sampled
@@ -105,6 +107,7 @@ def patch(
             followed; or options that ``linear_cross_entropy`` refuses. The model is then as it was.
     """
     options = _checked(gradient, workspace, backend, z_loss, label_smoothing)
+    check_flag("verify", verify)
     inner = _unwrapped(model)
     if STATE in inner.__dict__:
         raise ValueError(f"model is patched already, got a {type(inner).__name__}; call logitless.unpatch(model) first")
@@ -141,8 +144,8 @@ def _checked(gradient: Any, workspace: Any, backend: Any, z_loss: Any, label_smo
     validation.check_gradient(gradient)
     validation.check_workspace(workspace)
     validation.check_backend(backend)
-    validation.check_number("z_loss", z_loss, least=0)
-    validation.check_number("label_smoothing", label_smoothing, least=0, most=1)
+    validation.check_z_loss(z_loss)
+    validation.check_label_smoothing(label_smoothing)
     given = {"gradient": gradient, "workspace": workspace, "backend": backend, "z_loss": z_loss}
     return {**given, "label_smoothing": label_smoothing}
 
@@ -180,7 +183,7 @@ def _heads(model: nn.Module) -> dict[str, nn.Linear]:
     leaves = {
         path: layer
         for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == shape[0] and _belongs(layer, output)
+        if isinstance(layer, nn.Linear) and weight_size(layer)[0] == shape[0] and _belongs(layer, output)
     }
     for path, layer in leaves.items():
         if type(layer).forward is not nn.Linear.forward:
@@ -201,7 +204,7 @@ def _facts(model: nn.Module, heads: dict[str, nn.Linear]) -> dict[str, Any]:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return {
         "model": type(model).__name__,
-        "heads": tuple((path, (head.out_features, head.in_features)) for path, head in heads.items()),
+        "heads": tuple((path, weight_size(head)) for path, head in heads.items()),
         "tied": any(head.weight is getattr(embedding, "weight", None) for head in heads.values()),
         "bias": any(head.bias is not None for head in heads.values()),
     }

@@ -33,11 +33,13 @@ class Term:
     Attributes:
         hidden: [..., D].
         head: a linear layer, weight [V, D] and perhaps a bias [V].
+        vocabulary: V, of the weight when the logits were deferred; it may be sharded since.
         factor: of the product and of the bias.
     """
 
     hidden: Tensor
     head: nn.Linear
+    vocabulary: int
     factor: float = 1.0
 
 
@@ -86,7 +88,7 @@ class DeferredLogits:
     def shape(self) -> torch.Size:
         """[..., V]."""
         first = self._terms[0]
-        return torch.Size((*first.hidden.shape[:-1], first.head.out_features))
+        return torch.Size((*first.hidden.shape[:-1], first.vocabulary))
 
     @property
     def device(self) -> torch.device:
@@ -397,16 +399,15 @@ for _name in (
 DeferredLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
-class EvaluatedLogits(DeferredLogits):
-    """Those of a forward pass without gradients.
+def weight_size(head: nn.Linear) -> tuple[int, int]:
+    """[V, D] of a head's weight.
 
-    They say that they are a tensor, as code that gathers predictions over batches and processes asks for.
+    A weight that was replaced, by hand or to tie it to another, need not have the numbers of features that the layer
+    was made with. Of one that is flattened or emptied while it is sharded those are all that is known, but for
+    DeepSpeed's.
     """
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        """What ``isinstance`` is told."""
-        return Tensor
+    shape = getattr(head.weight, "ds_shape", head.weight.shape)
+    return (shape[0], shape[1]) if len(shape) == 2 else (head.out_features, head.in_features)
 
 
 def _scale(terms: tuple[Term, ...], bound: float | None) -> float:

@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import itertools
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -22,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logitless.integrations.deferred import DeferredLogits, EvaluatedLogits, Record, Term, real
+from logitless.integrations.deferred import DeferredLogits, Record, Term, real, weight_size
+from logitless.integrations.lazy import handed_out
 from logitless.integrations.moment import Backward, Moment, Parameters, Since, parameters_of
+from logitless.integrations.trl import STATE as ADAPTED
 
 STATE = "_logitless"
 # What `torch.nn.DataParallel` calls to copy a module.
@@ -125,6 +128,8 @@ def install(model: nn.Module, state: State) -> None:
         if here is None or here.number != number:  # no longer patched, or anew around what was put around this
             return own(self, *args, **kwargs) if bound else own(*args, **kwargs)
         if not _has_labels(here.forward, args, kwargs):
+            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                _warn_of_trainer(here)
             return here.forward(*args, **kwargs)
         outer, record = _thread.call, Record() if here.trial is None else here.trial.record
         _thread.call = call = _Call(here, parameters_of(here.heads.values()), record, Since(here.backward))
@@ -137,6 +142,8 @@ def install(model: nn.Module, state: State) -> None:
         if here.trial is None and not torch.compiler.is_compiling():
             call.since.close()
             _warn_of_logits(call)
+            if outer is None and not torch.is_grad_enabled():
+                return handed_out(output)
         return output
 
     # Not as `__wrapped__`, which accelerate follows when it takes off what it put around.
@@ -149,11 +156,15 @@ def install(model: nn.Module, state: State) -> None:
         module.__dict__[STATE] = state
         module.__dict__["forward"] = MethodType(replaced, module)
     model.__dict__[REPLICATE] = _refuse_replicas
+    if "get_output_embeddings" not in model.__dict__:
+        model.__dict__["get_output_embeddings"] = MethodType(_output_embeddings, model)
 
 
 def uninstall(model: nn.Module, state: State) -> None:
     """Undo ``install``, but for what somebody else has put around it since."""
     del model.__dict__[REPLICATE]
+    if getattr(model.get_output_embeddings, "__func__", None) is _output_embeddings:
+        del model.__dict__["get_output_embeddings"]
     for module in (model, *state.heads.values()):
         del module.__dict__[STATE]
         if hasattr(getattr(module.forward, "__func__", None), MARK):
@@ -177,6 +188,47 @@ def _warn_of_logits(call: _Call) -> None:
         f"a patched model formed its logits in a call with labels: {why}. The loss is right, memory is not saved",
         stacklevel=5,  # above our forward and the two of torch.nn.Module
     )
+
+
+def _warn_of_trainer(state: State) -> None:
+    """Say once that a trainer of `transformers` makes the loss of logits, from labels that it keeps from the model."""
+    if state.warned:
+        return
+    frame = sys._getframe(2)
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if not isinstance(trainer, nn.Module) and hasattr(trainer, "compute_loss"):
+            break
+        frame = frame.f_back
+    else:
+        return
+    given = remedy = ""
+    if getattr(trainer, "label_smoother", None) is not None:
+        given, remedy = "label_smoothing_factor", "set it to 0 and call logitless.patch(model, label_smoothing=...)"
+    elif getattr(trainer, "compute_loss_func", None) is not None:
+        given, remedy = "compute_loss_func", "leave it out, or make the loss with logitless.linear_cross_entropy"
+    if given:
+        state.warned = True
+        warnings.warn(
+            f"a patched model is trained by a {type(trainer).__name__} with {given}, which takes the labels from the "
+            f"model and makes its loss of logits: the patch does nothing there; {remedy}",
+            stacklevel=6,  # above our forward, the one that calls it and the two of torch.nn.Module
+        )
+
+
+def _output_embeddings(self: nn.Module) -> Any:
+    """The model's own ``get_output_embeddings``; a forward of TRL's that asks for it reads the head past the patch."""
+    state: State | None = self.__dict__.get(STATE)
+    if state is not None and not state.warned and not torch.compiler.is_compiling() and ADAPTED not in self.__dict__:
+        caller = sys._getframe(1)
+        if caller.f_locals.get("fused_lm_head"):
+            state.warned = True
+            warnings.warn(
+                "a patched model is trained by one of TRL's trainers, which computes with a head of its own: the patch "
+                "does nothing there; call logitless.integrations.trl.adapt(trainer) before trainer.train()",
+                stacklevel=3,
+            )
+    return type(self).get_output_embeddings(self)  # type: ignore[attr-defined]
 
 
 def _refuse_replicas() -> None:
@@ -222,10 +274,8 @@ def _head_forward(self: nn.Linear, input: Any, work: Callable[[], Tensor] | None
             return logits
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-    evaluating = trial is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    logits = EvaluatedLogits if evaluating else DeferredLogits
     moment = Moment.now(call.before + parameters_of([self]), call.since)
-    return logits((Term(input, self),), dtype, call.state.options, call.record, moment)
+    return DeferredLogits((Term(input, self, weight_size(self)[0]),), dtype, call.state.options, call.record, moment)
 
 
 setattr(_head_forward, MARK, True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from logitless import sharding
+from logitless import sharding, validation
 from logitless.functional import linear_cross_entropy
 
 LAYER = "megatron.core.tensor_parallel.layers.ColumnParallelLinear"
@@ -247,10 +247,11 @@ def _path(named: Any) -> str:
 
 
 def _check_options(function: str, options: dict[str, Any]) -> None:
-    """Only those that pass through."""
+    """Only those that pass through, with values that can be used."""
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
         raise TypeError(f"{function} has no option {unknown[0]!r}; it takes {', '.join(OPTIONS)}")
+    validation.check_options(options)
 
 
 def _check_layer(layer: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logitless.integrations.deferred import weight_size
 from logitless.integrations.forwards import State, Trial
 from logitless.integrations.moment import parameters_of
 
@@ -131,14 +132,18 @@ def _example(model: nn.Module, state: State) -> dict[str, Any]:
     """Random tokens, none of them special, and labels of which some are ignored."""
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = min([text.vocab_size, *(head.out_features for head in state.heads.values())])
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    sizes = [text.vocab_size, *(weight_size(head)[0] for head in state.heads.values())]
+    if embedding.weight.ndim == 2 and embedding.weight.shape[0]:  # not flattened or emptied while it is sharded
+        sizes.append(embedding.weight.shape[0])
+    vocabulary = min(sizes)
     special = {
         v for c in (config, text) for k, v in vars(c).items() if k.endswith(("_id", "_index")) and isinstance(v, int)
     }
     usual = [token for token in range(vocabulary) if token not in special] or [0]
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    drawn = torch.randint(len(usual), TRIED, generator=torch.Generator().manual_seed(0))
-    tokens = torch.tensor(usual)[drawn].to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randint(len(usual), TRIED, generator=generator, device="cpu")
+    tokens = torch.tensor(usual, device="cpu")[drawn].to(embedding.weight.device)
     labels = tokens.clone()
     labels[:, :IGNORED] = -100
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}

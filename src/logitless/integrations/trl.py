@@ -293,13 +293,16 @@ def _check_signature(own: Any) -> None:
 
 def _check_meaning(own: Any) -> None:
     """Compare TRL's function and ours, every output and gradient, on a few tokens with all that a head can have."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*size, generator=generator) for size in ((6, 4), (7, 4), (7,)))
+    made = {"generator": torch.Generator("cpu").manual_seed(0), "dtype": torch.float32, "device": "cpu"}
+    hidden, weight, bias = (torch.randn(*size, **made) for size in ((6, 4), (7, 4), (7,)))
     targets = (hidden @ weight.T + bias).argmax(1)
-    targets[:3] = torch.tensor([0, 6, 3])
+    targets[:3] = torch.tensor([0, 6, 3], device="cpu")
     for cap in (None, 1.5):
         try:
-            theirs, ours = (_tried(function, hidden, weight, bias, targets, cap) for function in (own, _Head(own, {})))
+            with torch.device("cpu"):  # for what TRL makes
+                theirs, ours = (
+                    _tried(function, hidden, weight, bias, targets, cap) for function in (own, _Head(own, {}))
+                )
         except Exception as error:
             raise ValueError(
                 f"TRL's fused head must be known, got {type(error).__name__} when it was tried: {error}; 1.16 is known"
@@ -320,7 +323,7 @@ def _tried(
     leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
     with torch.enable_grad():
         values = dict(zip(GIVEN, function.apply(*leaves, targets, 0.8, 4, cap, 0.7, GIVEN), strict=True))
-        upstream = torch.linspace(-1, 1, targets.numel())
+        upstream = torch.linspace(-1, 1, targets.numel(), dtype=torch.float32, device="cpu")
         loss = (upstream * values["log_probs"] + upstream.flip(0) * values["entropy"]).sum()
         gradients = torch.autograd.grad(loss, leaves)
     named = dict(zip(("gradient of hidden", "gradient of weight", "gradient of bias"), gradients, strict=True))

@@ -18,7 +18,7 @@ from logitless.backends.torch import dense, sampled
 from logitless.backends.torch.dense import forward_with_gradients as forward_with_gradients
 from logitless.backends.torch.memory import workspace as workspace
 
-SKIPS_ROWS = False
+READS_MATRIX = False
 
 
 def unsupported(shape: Shape) -> str | None:

@@ -9,7 +9,8 @@ and once at the end would cost up to 1.4 times the error of one product.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from logitless.backends.contract import (
     lodging_spacing,
 )
 from logitless.backends.torch.running import RunningStatistics
-from logitless.backends.torch.tiles import Projection, RowValues, TargetIndex, fuses_softmax, slices
+from logitless.backends.torch.tiles import Projection, RowValues, TargetIndex, slices, window_share
 
 # Rows, or vocabulary columns, of a partial product that is rounded to a narrow dtype before it is added up in fp32.
 PARTIAL = 4096
@@ -35,17 +36,18 @@ ADDED_ROWS = 512
 
 
 def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
-    """The buffer of the weight gradient, kept products one window after the other, and the windows' log-sum-exps.
+    """The buffer of the weight gradient, kept products one window after the other, and the windows' peaks and log-sums.
 
-    Those sums save the backward pass a pass over recomputed logits where the softmax is fused.
+    With those the backward pass takes each window's share of a row from the forward pass. Recomputed products differ by
+    an ulp of the logits where tiles do, which a share made of them would have as its error.
     """
     windows = math.ceil(shape.vocabulary / schedule.window)
     kept = max(0, shape.vocabulary - (windows - schedule.kept_windows) * schedule.window)
-    sums = fuses_softmax(shape) and schedule.rows >= shape.tokens and schedule.window == schedule.backward_window
+    sums = shape.any_gradient and schedule.window == schedule.backward_window
     return [
         ((shape.vocabulary, shape.hidden) if schedule.lodged_windows else (0, shape.hidden), shape.weight_dtype),
         ((shape.tokens * kept,), shape.product_dtype),
-        ((windows if sums else 0, shape.tokens), shape.statistics_dtype),
+        ((windows if sums else 0, 2, shape.tokens), shape.statistics_dtype),
     ]
 
 
@@ -76,7 +78,7 @@ class Left:
         return None
 
     def window_sums(self, number: int) -> torch.Tensor | None:
-        """[N] log-sum-exp of the rows' logits within a window, where it was left."""
+        """[2, N] peak and log-sum of the rows' logits within a window, where they were left."""
         return self.tensors[2][number] if self.tensors and self.tensors[2].shape[0] else None
 
 
@@ -92,13 +94,13 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     buffer = projection.buffer(schedule.rows * schedule.window if None in places else 0)
     parts = []
     for rows in slices(shape.tokens, schedule.rows):
-        running, hidden = RunningStatistics(problem, rows), projection.hidden[rows]
+        running, hidden = RunningStatistics(problem, rows), projection.hidden(rows)
         for number, (columns, place) in enumerate(zip(windows, places, strict=True)):
             raw = projection.multiply(hidden, columns, buffer if place is None else place)
             running.add(raw, columns, projection, leave_softmax=place is not None and projection.leaves_softmax)
             sums = left.window_sums(number)
             if sums is not None:
-                sums.copy_(running.window_logsumexp)
+                sums[:, rows] = running.window
         parts.append(running.finish())
     return concatenate(parts, problem).leaving(tensors)
 
@@ -110,22 +112,12 @@ def concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
     if len(parts) == 1:
         return parts[0]
 
-    def joined(name: str) -> torch.Tensor | None:
+    def joined(name: str) -> Any:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 
-    logsumexp, target_logit = joined("logsumexp"), joined("target_logit")
-    assert logsumexp is not None
-    assert target_logit is not None
-    return Statistics(
-        logsumexp=logsumexp,
-        target_logit=target_logit,
-        mean_logit=joined("mean_logit"),
-        smooth_logit=joined("smooth_logit"),
-        prediction=joined("prediction"),
-        target_rank=joined("target_rank"),
-        peak_logit=joined("peak_logit"),
-    )
+    names = (field.name for field in fields(Statistics) if field.name != "residuals")
+    return Statistics(**{name: joined(name) for name in names})
 
 
 def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients) -> Gradients:
@@ -136,11 +128,10 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     shape = problem.shape
     left = Left(statistics.residuals, shape, schedule)
     projection = Projection(problem, shape.tokens, schedule.backward_window)
-    rows = RowValues(statistics.logsumexp, problem.target, statistics.target_logit, coefficients)
-    entries, index = (
-        projection.target_entries(rows),
-        TargetIndex(problem.target, schedule.backward_window, shape.vocabulary),
-    )
+    rows = RowValues.of(problem, statistics, coefficients)
+    rows = replace(rows, entries=projection.target_entries(rows))
+    entries = projection.product_entries(rows)
+    index = TargetIndex(problem.target, schedule.backward_window, shape.vocabulary)
     gradients = new_gradients(projection)
     if left.tensors and schedule.lodged_windows:
         weight_gradient = left.tensors[LODGING]
@@ -148,7 +139,8 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         weight_gradient = new_weight_gradient(problem) if problem.main_grad is None else problem.main_grad
     hidden_adder = PartialSum(projection, shape.tokens)
     weight_writer = PartialSum(projection, min(schedule.backward_window, shape.vocabulary))
-    buffer, trained = None, projection.hidden[:, shape.trained_columns]
+    buffer, hidden = None, projection.hidden(slice(0, shape.tokens))
+    trained = hidden[:, shape.trained_columns]
     for number, columns in enumerate(slices(shape.vocabulary, schedule.backward_window)):
         place = left.place(number)
         size = (shape.tokens, columns.stop - columns.start)
@@ -158,12 +150,13 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
             if buffer is None:
                 buffer = projection.buffer(shape.tokens * schedule.backward_window)
             if place is None:
-                raw = projection.multiply(projection.hidden, columns, buffer)
+                raw = projection.multiply(hidden, columns, buffer)
             else:  # what the forward pass left must stay as it is
                 raw = buffer[: size[0] * size[1]].view(size).copy_(place[: size[0] * size[1]].view(size))
+        sums = left.window_sums(number)
         here = replace(
             rows,
-            window_logsumexp=left.window_sums(number),
+            share=None if sums is None else window_share(sums[0], sums[1], rows),
             holds_softmax=place is not None and projection.leaves_softmax,
         )
         projection.softmax_gradient_(raw, columns, here, gradients.bias)
@@ -181,8 +174,6 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
         gradients.weight = weight_gradient
     if gradients.hidden is not None:
         add_target_rows(gradients.hidden, problem, problem.target, entries)
-    if gradients.bias is not None:
-        projection.add_one_hot_to_bias(gradients.bias, rows)
     return gradients
 
 
@@ -235,7 +226,7 @@ class _Chunks:
     def scan(self, number: int, rows: slice) -> tuple[torch.Tensor, Statistics]:
         """A chunk's logits, or their softmax, and its statistics."""
         projection, vocabulary = self._projection, self._problem.shape.vocabulary
-        hidden = projection.hidden[rows]
+        hidden = projection.hidden(rows)
         buffer = self._buffers[number % len(self._buffers)]
         raw = buffer[: hidden.shape[0] * vocabulary].view(hidden.shape[0], vocabulary)
         for columns in self._windows:
@@ -247,14 +238,22 @@ class _Chunks:
     def add_gradient(self, raw: torch.Tensor, rows: slice, part: Statistics, whole: Statistics) -> None:
         """A chunk's gradient, in place of what ``scan`` left, into those of hidden states, weight and bias."""
         problem, projection, gradients = self._problem, self._projection, self.gradients
-        trained, target = projection.hidden[rows, problem.shape.trained_columns], problem.target[rows]
-        coefficients = self._ahead.rows(rows).at(whole.logsumexp)
-        values = RowValues(whole.logsumexp, target, part.target_logit, coefficients)
+        trained, target = projection.hidden(rows)[:, problem.shape.trained_columns], problem.target[rows]
+        values = RowValues(
+            peak=whole.peak,
+            log_sum=whole.log_sum,
+            target=target,
+            target_logit=part.target_logit,
+            coefficients=self._ahead.rows(rows).at(whole),
+            valid=None if problem.counted is None else problem.counted[rows],
+            holds_softmax=projection.leaves_softmax,
+        )
         if projection.leaves_softmax:
-            values = replace(values, window_logsumexp=part.logsumexp, holds_softmax=True)
-        entries = projection.target_entries(values)
+            values = replace(values, share=window_share(part.peak, part.log_sum, values))
+        values = replace(values, entries=projection.target_entries(values))
+        entries = projection.product_entries(values)
         projection.softmax_gradient_(raw, self._everything, values, gradients.bias)
-        raw[torch.arange(raw.shape[0], device=raw.device), target] = 0
+        raw[torch.arange(raw.shape[0], dtype=torch.int64, device=raw.device), target] = 0
         if gradients.hidden is not None:
             for columns in self._windows:
                 self._hidden_adder.add(gradients.hidden[rows], raw[:, columns], projection.weight(columns))
@@ -264,8 +263,6 @@ class _Chunks:
                 self._weight_adder.add(gradients.weight[columns], raw[:, columns].T, trained)
             for some in slices(trained.shape[0], TARGET_ROWS):
                 gradients.weight.index_add_(0, target[some], trained[some] * entries[some, None])
-        if gradients.bias is not None:
-            projection.add_one_hot_to_bias(gradients.bias, values)
 
 
 class PartialSum:
@@ -300,13 +297,17 @@ class PartialSum:
 
 def new_accumulator(projection: Projection, *size: int) -> torch.Tensor:
     """Zeros in the statistics dtype."""
-    return torch.zeros(size, dtype=projection.statistics_dtype, device=projection.hidden.device)
+    return torch.zeros(size, dtype=projection.statistics_dtype, device=projection.device)
 
 
 def new_gradients(projection: Projection) -> Gradients:
-    """Zeros in the statistics dtype for hidden states and bias, where wanted; the weight's differs by strategy."""
-    shape, device = projection.problem.shape, projection.hidden.device
-    bias = torch.zeros(shape.vocabulary, dtype=projection.statistics_dtype, device=device)
+    """Zeros for hidden states and bias, where wanted; the weight's differs by strategy.
+
+    The bias's is added up a few rows at a time, of terms of both signs: in fp64, where a device has it at no cost.
+    """
+    shape, device = projection.problem.shape, projection.device
+    dtype = torch.float64 if device.type == "cpu" else projection.statistics_dtype
+    bias = torch.zeros(shape.vocabulary, dtype=dtype, device=device)
     return Gradients(
         hidden=new_accumulator(projection, shape.tokens, shape.hidden) if shape.hidden_gradient else None,
         weight=None,

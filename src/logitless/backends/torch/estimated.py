@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from logitless.backends.contract import Problem, Statistics
 from logitless.backends.torch.pairs import GROUP_ROWS, Pairs
-from logitless.backends.torch.running import RunningStatistics
 from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights
 from logitless.backends.torch.tiles import Projection, slices
 from logitless.options import BLOCK
-from logitless.quantisation import left_operand, loud_channels, right_operand
+from logitless.quantisation import left_operand, loud_channels, mean_row, right_operand
 
-Operand = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Operand = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Rows that are rounded at a time.
 ROUNDED_ROWS = 256
@@ -27,82 +26,70 @@ class ScanProjection(Projection):
     def __init__(self, problem: Problem, rows: int, columns: int) -> None:
         """For tiles of at most [rows, columns]."""
         super().__init__(problem, rows, columns)
-        self._channels = loud_channels(problem.hidden)
-        width = problem.shape.hidden + 2 * self._channels.shape[0]
+        hidden = problem.hidden_rows(slice(0, problem.shape.tokens))
+        self._channels, self._mean = loud_channels(hidden), mean_row(problem.weight)
+        width = problem.shape.hidden + 2 * self._channels.shape[0] + 1
         self._window = self.buffer(columns * width).view(columns, width)
-        self.hidden = self.buffer(problem.shape.tokens * width).view(-1, width)
-        self._round(problem.hidden, left_operand, self.hidden)
+        self._hidden = self.buffer(problem.shape.tokens * width).view(-1, width)
+        self._round(hidden, left_operand, self._hidden)
+
+    def hidden(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """[R, D + 2 C + 1] some of the hidden states."""
+        return self._hidden[rows]
 
     def weight(self, columns: slice) -> torch.Tensor:
-        """[U, D + 2 C] those rows of the weight; valid until the next call."""
+        """[U, D + 2 C + 1] those rows of the weight; valid until the next call."""
         window = self._window[: columns.stop - columns.start]
         self._round(self.problem.weight[columns], right_operand, window)
         return window
 
     def _round(self, matrix: torch.Tensor, operand: Operand, result: torch.Tensor) -> None:
         for rows in slices(matrix.shape[0], ROUNDED_ROWS):
-            result[rows] = operand(matrix[rows], self._channels)
+            result[rows] = operand(matrix[rows], self._channels, self._mean)
 
 
-@dataclass(frozen=True)
-class Scanned:
-    """What the scan knows of the pairs' blocks.
+def corrected(
+    problem: Problem,
+    statistics: Statistics,
+    pairs: Pairs,
+    scanned_smooth: torch.Tensor | None,  # [P]
+) -> tuple[Statistics, Pairs]:
+    """Statistics and pairs of the scan, corrected by the logits in full of the blocks that are kept.
 
-    Attributes:
-        share: [P] their sums of exponentials, as shares of the row's.
-        smooth: [P] their logits' sums weighted by the smoothing, where that is estimated, else None.
+    ``scanned_smooth`` are the blocks' logits of the scan, weighted by the smoothing, where their sum is estimated.
     """
-
-    share: torch.Tensor
-    smooth: torch.Tensor | None
-
-    @classmethod
-    def of(cls, running: RunningStatistics, row: torch.Tensor, block: torch.Tensor) -> Scanned:
-        """Those pairs of a chunk of rows."""
-        assert running.blocks is not None
-        smooth = running.smooth_blocks
-        return cls(running.blocks[row, block], None if smooth is None else smooth[row, block])
-
-    @classmethod
-    def joined(cls, parts: list[Scanned], order: torch.Tensor | None) -> Scanned:
-        """Those of consecutive chunks, in the given order of all."""
-
-        def together(values: list[torch.Tensor]) -> torch.Tensor:
-            joined = torch.cat(values)
-            return joined if order is None else joined[order]
-
-        smooth = [part.smooth for part in parts if part.smooth is not None]
-        return cls(together([part.share for part in parts]), together(smooth) if smooth else None)
-
-
-def corrected(problem: Problem, statistics: Statistics, pairs: Pairs, scanned: Scanned) -> Statistics:
-    """Statistics of the scan, log-sum-exp and smoothed logits corrected; the targets' logits are those of the pairs."""
     shape = problem.shape
     projection = Projection(problem, GROUP_ROWS, BLOCK)
     rows = pairs.rows.long()
     target = problem.target[rows]
-    share, smooth = torch.empty_like(scanned.share), None if scanned.smooth is None else torch.empty_like(scanned.share)
+    share, smooth = torch.empty_like(pairs.shares), None if scanned_smooth is None else torch.empty_like(pairs.shares)
     target_logit = torch.empty_like(statistics.target_logit)
     starts: list[int] = pairs.starts.tolist()
     for block, columns in enumerate(slices(shape.vocabulary, BLOCK)):
         weight = projection.weight(columns)
         for group in slices(starts[block + 1] - starts[block], GROUP_ROWS):
             here = slice(starts[block] + group.start, starts[block] + group.stop)
-            z = projection.logits_(projection.hidden[rows[here]] @ weight.T, columns)
-            share[here] = (z.logsumexp(1) - statistics.logsumexp[rows[here]]).exp_()
+            z = projection.logits_(projection.hidden(rows[here]) @ weight.T, columns)
+            peak = z.amax(1)
+            peak = torch.where(peak == -torch.inf, 0, peak)
+            sums = (z - peak[:, None]).exp_().sum(1)
+            below = (peak - statistics.peak[rows[here]]) - statistics.log_sum[rows[here]]
+            share[here] = sums * below.exp_()
             if smooth is not None:
                 smooth[here] = z @ smoothing_weights(problem, columns)
             hits = (target[here] // BLOCK == block).nonzero()[:, 0]
             target_logit[rows[here][hits]] = z[hits, target[here][hits] - columns.start]
-    total = torch.ones_like(target_logit).index_add_(0, rows, pairs.weights * (share - scanned.share))
+    total = torch.ones_like(target_logit).index_add_(0, rows, pairs.weights * (share - pairs.shares))
     least = torch.zeros_like(total).index_add_(0, rows, share)
-    logsumexp = statistics.logsumexp + torch.maximum(total, least).log_()
-    return replace(
+    total = torch.maximum(total, least)
+    change = None if smooth is None or scanned_smooth is None else pairs.weights * (smooth - scanned_smooth)
+    whole = replace(
         statistics,
-        logsumexp=logsumexp,
+        log_sum=statistics.log_sum + total.log(),
         target_logit=target_logit,
-        smooth_logit=_smooth_logit(problem, projection, statistics, pairs, scanned, smooth),
+        smooth_logit=_smooth_logit(problem, projection, statistics, pairs, change),
     )
+    return whole, replace(pairs, shares=share / total[rows])
 
 
 def _smooth_logit(
@@ -110,22 +97,20 @@ def _smooth_logit(
     projection: Projection,
     statistics: Statistics,
     pairs: Pairs,
-    scanned: Scanned,
-    smooth: torch.Tensor | None,  # [P]
+    change: torch.Tensor | None,  # [P]
 ) -> torch.Tensor | None:
-    """[N] sum of the logits weighted by the smoothing: without a cap one vector product, else estimated."""
+    """[N] smoothed logits, as ``Statistics`` has them: without a cap one vector product, else estimated by pairs."""
     if problem.smoothing is None:
         return None
     if problem.head.softcap is None:
-        vector, total = smoothed_weight(problem), torch.empty_like(statistics.logsumexp)
+        vector, total = smoothed_weight(problem), torch.empty_like(statistics.log_sum)
         for rows in slices(problem.shape.tokens, GROUP_ROWS):
-            total[rows] = projection.hidden[rows] @ vector
+            total[rows] = projection.hidden(rows) @ vector
         total.mul_(problem.head.logit_scale)
+        smoothing = smoothing_weights(problem, slice(0, problem.shape.vocabulary))
         if problem.bias is not None:
-            whole = slice(0, problem.shape.vocabulary)
-            total += problem.bias.to(total.dtype) @ smoothing_weights(problem, whole)
-        return total
+            total += problem.bias.to(total.dtype) @ smoothing
+        return total - statistics.peak * smoothing.sum()
     assert statistics.smooth_logit is not None
-    assert smooth is not None
-    assert scanned.smooth is not None
-    return statistics.smooth_logit.index_add(0, pairs.rows.long(), pairs.weights * (smooth - scanned.smooth))
+    assert change is not None
+    return statistics.smooth_logit.index_add(0, pairs.rows.long(), change)

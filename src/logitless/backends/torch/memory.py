@@ -19,16 +19,19 @@ from logitless.sampling import block_count, kept_pairs_bound
 
 # Vectors of 8 bytes a row that live at the same time, statistics and what forms them; counted high.
 VECTORS = 24
-# Small tensors that do not depend on the problem's size.
-SLACK = 1 << 14
+# Small tensors that do not depend on the problem's size. On an accelerator also what its library takes for a product
+# and its allocator rounds up to: 0.5 MB at most were seen on an H100.
+SLACK, SLACK_ELSEWHERE = 1 << 14, 1 << 20
 
 
 def workspace(shape: Shape, schedule: Schedule) -> int:
     """Upper bound of the bytes held under a schedule."""
-    vectors = VECTORS * 8 + 4 * math.ceil(shape.vocabulary / schedule.window)  # and a window's log-sum-exp each
-    fixed = _hidden_copies(shape) + vectors * shape.tokens + SLACK
-    # The bias in fp32, its gradient, and the temporary sum of a tile's columns.
-    vocabulary_vectors = 3 * shape.statistics_dtype.itemsize * shape.vocabulary
+    # And each window's peak and log-sum.
+    vectors = VECTORS * 8 + 2 * shape.statistics_dtype.itemsize * math.ceil(shape.vocabulary / schedule.window)
+    fixed = _unpacked_gradient(shape) + vectors * shape.tokens
+    fixed += SLACK if shape.device_type == "cpu" else SLACK_ELSEWHERE
+    # The bias in fp32, its gradient in fp64, and the temporary sum of a tile's columns.
+    vocabulary_vectors = (2 * shape.statistics_dtype.itemsize + 8) * shape.vocabulary
     if schedule.strategy == "chunked":
         passes = [_chunked(shape, schedule)]
     elif schedule.strategy == "sampled":
@@ -40,21 +43,24 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
     return fixed + vocabulary_vectors + max(passes)
 
 
-def _hidden_copies(shape: Shape) -> int:
-    """Packed rows, their copy in the product dtype, and the gradient of packed rows; cleared rows on an accelerator."""
-    elements = shape.tokens * shape.hidden
-    total = 0 if shape.device_type == "cpu" else elements * shape.hidden_dtype.itemsize
-    if shape.compacted:
-        total += elements * shape.hidden_dtype.itemsize * (2 if shape.hidden_gradient else 1)
+def _unpacked_gradient(shape: Shape) -> int:
+    """The gradient of the rows that count, while it is put among the others."""
+    return shape.tokens * shape.hidden * shape.hidden_dtype.itemsize if shape.compacted and shape.hidden_gradient else 0
+
+
+def _hidden_rows(shape: Shape, rows: int) -> int:
+    """Copies of some rows: gathered, cleared where they do not count but stay in place, in the product dtype."""
+    stay = shape.functional or shape.device_type != "cpu"
+    copies = shape.hidden_dtype.itemsize * (shape.compacted + stay)
     if shape.product_dtype != shape.hidden_dtype:
-        total += elements * shape.product_dtype.itemsize
-    return total
+        copies += shape.product_dtype.itemsize
+    return min(rows, shape.tokens) * shape.hidden * copies
 
 
 def _scratch(shape: Shape, rows: int, columns: int, *, gradient: bool) -> int:
     """The buffers of ``tiles.Scratch`` in use, and a rank's comparison mask."""
-    entropy = "mean_logit" in shape.statistics
-    buffers = 1 + entropy + (gradient and shape.softcapped)
+    gap = "mean_gap" in shape.statistics
+    buffers = 1 + gap + (gradient and shape.softcapped)
     mask = scratch_elements(shape, rows, columns) if "target_rank" in shape.statistics else 0
     return buffers * shape.statistics_dtype.itemsize * scratch_elements(shape, rows, columns) + mask
 
@@ -88,8 +94,10 @@ def _hidden_accumulator(shape: Shape) -> int:
 
 
 def _target_rows(shape: Shape) -> int:
-    """Gathered rows in up to three dtypes."""
-    return 3 * min(shape.tokens, TARGET_ROWS) * shape.hidden * shape.statistics_dtype.itemsize
+    """Gathered rows of the weight, rounded to the compute dtype, in the accumulator's."""
+    dtypes = (shape.weight_dtype, shape.compute_dtype, shape.statistics_dtype)
+    item = sum(dtype.itemsize for number, dtype in enumerate(dtypes) if number == 0 or dtype != dtypes[number - 1])
+    return min(shape.tokens, TARGET_ROWS) * shape.hidden * item if shape.hidden_gradient else 0
 
 
 def _logits(shape: Shape, rows: int, window: int, schedule: Schedule) -> int:
@@ -104,7 +112,8 @@ def _logits(shape: Shape, rows: int, window: int, schedule: Schedule) -> int:
 def _dense_forward(shape: Shape, schedule: Schedule) -> int:
     rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
     return (
-        _logits(shape, rows, window, schedule)
+        _hidden_rows(shape, rows)
+        + _logits(shape, rows, window, schedule)
         + _product_scratch(shape, rows * window * shape.product_dtype.itemsize)
         + _scratch(shape, rows, window, gradient=False)
         + _weight_copy(shape, window)
@@ -118,16 +127,20 @@ def _dense_backward(shape: Shape, schedule: Schedule) -> int:
     weight_partial = 0
     if shape.weight_gradient and shape.weight_dtype != shape.product_dtype:
         weight_partial = window * shape.hidden * item
-    while_multiplying = (
-        _logits(shape, shape.tokens, window, schedule)
-        + _product_scratch(shape, shape.tokens * window * item)
+    buffers = (
+        _hidden_rows(shape, shape.tokens)
+        + _logits(shape, shape.tokens, window, schedule)
         + _scratch(shape, shape.tokens, window, gradient=True)
         + _weight_copy(shape, window)
         + hidden_partial
         + weight_partial
     )
-    # The gradient of the hidden states itself is made from its accumulator at the end, and is no longer workspace.
-    return _hidden_accumulator(shape) + max(while_multiplying - _hidden_gradient(shape), _target_rows(shape))
+    multiplying = _product_scratch(shape, shape.tokens * window * item)
+    # The gradient of the hidden states itself is made from its accumulator when the buffers are gone.
+    return max(
+        _hidden_accumulator(shape),
+        _hidden_accumulator(shape) - _hidden_gradient(shape) + buffers + max(multiplying, _target_rows(shape)),
+    )
 
 
 def _hidden_gradient(shape: Shape) -> int:
@@ -141,7 +154,7 @@ def _chunked(shape: Shape, schedule: Schedule) -> int:
     total += _product_scratch(shape, total) + (total if shape.sharded else 0)
     total += _scratch(shape, rows, shape.vocabulary, gradient=True)
     total += _weight_copy(shape, min(PARTIAL, shape.vocabulary))
-    total += _hidden_accumulator(shape) + _target_rows(shape)
+    total += _hidden_accumulator(shape) + _target_rows(shape) + _hidden_rows(shape, rows)
     if _narrow(shape):
         total += (rows if shape.hidden_gradient else 0) * shape.hidden * item
         total += (min(PARTIAL, shape.vocabulary) if shape.weight_gradient else 0) * shape.hidden * item
@@ -165,7 +178,8 @@ def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
     if shape.sharded:  # whose selection waits for the other shards
         table += shape.tokens * block_count(shape.vocabulary) * shape.statistics_dtype.itemsize
     return (
-        rows * window * shape.product_dtype.itemsize
+        _hidden_rows(shape, rows)
+        + rows * window * shape.product_dtype.itemsize
         + _product_scratch(shape, rows * window * shape.product_dtype.itemsize)
         + _scratch(shape, rows, window, gradient=False)
         + _weight_copy(shape, window)
@@ -177,10 +191,11 @@ def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
 def _estimated_scan(shape: Shape, schedule: Schedule) -> int:
     """Operands in the statistics dtype, and what rounding some of their rows takes."""
     rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
-    width, item = shape.hidden + 2 * LOUD, shape.statistics_dtype.itemsize
+    width, item = shape.hidden + 2 * LOUD + 1, shape.statistics_dtype.itemsize
     tables = 2 if "smooth_logit" in shape.statistics else 1
     return (
-        (shape.tokens + schedule.window) * width * item
+        _hidden_rows(shape, shape.tokens)
+        + (shape.tokens + schedule.window) * width * item
         + 8 * ROUNDED_ROWS * width * item
         + schedule.rows * schedule.window * item
         + _product_scratch(shape, rows * window * item)
@@ -208,6 +223,7 @@ def _sampled_backward(shape: Shape) -> int:
     rank_one = (PARTIAL + BLOCK) * shape.hidden * width
     return (
         _pairs(shape)
+        + _hidden_rows(shape, max(GROUP_ROWS, PARTIAL))
         + GROUP_ROWS * BLOCK * shape.product_dtype.itemsize
         + _product_scratch(shape, GROUP_ROWS * BLOCK * shape.product_dtype.itemsize)
         + _scratch(shape, GROUP_ROWS, BLOCK, gradient=True)

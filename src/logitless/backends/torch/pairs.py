@@ -17,9 +17,11 @@ class Pairs:
     Attributes:
         rows: [P] int32 row of each pair; ascending within a block, so no row twice.
         weights: [P] inverse inclusion probability; 0 where the block is listed for its target alone.
+        shares: [P] the block's share of the row's sum of exponentials.
         starts: [B + 1]: the pairs of block b are ``starts[b]`` to ``starts[b + 1]``.
     """
 
     rows: torch.Tensor
     weights: torch.Tensor
+    shares: torch.Tensor
     starts: torch.Tensor

@@ -1,8 +1,9 @@
 """Statistics of some rows, gathered window by window.
 
-The state is that of the streaming softmax: the largest logit so far (seeded with -inf), and sums of exponentials taken
-against it. Merging a window rescales the sums; rows that have seen only -inf keep a reference of 0 so that no
-``(-inf) - (-inf)`` is formed.
+The state is that of the streaming softmax: the largest logit so far (seeded with -inf), and sums taken against it.
+Merging a window rescales the sums; rows that have seen only -inf keep a reference of 0 so that no ``(-inf) - (-inf)``
+is formed. All sums are of logits less the reference, never of logits, so that what all logits of a row have in common
+costs no accuracy.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ class RunningStatistics:
             return torch.zeros(count, dtype=torch.int64, device=device)
 
         self._maximum, self._sum, self._target_logit = floats(-torch.inf), floats(0), floats(0)
-        self._weighted = floats(0) if "mean_logit" in wanted else None
+        self._weighted = floats(0) if "mean_gap" in wanted else None
         self._smooth = floats(0) if problem.smoothing is not None else None
+        self._smoothing_seen: torch.Tensor | float = 0.0
         self._prediction = integers() if "prediction" in wanted else None
         self._rank = integers() if "target_rank" in wanted else None
         self._vocabulary = shape.vocabulary
         self._index: TargetIndex | None = None
-        self.window_logsumexp = floats(-torch.inf)
-        """[R] of the last window, where the projection's softmax is fused."""
+        self.window = torch.stack((floats(0), floats(-torch.inf)))
+        """[2, R] a reference near the last window's logits, and its log-sum relative to that."""
+        self._origin = floats(0)  # a logit of the row, that the blocks' log-sum-exps are relative to
         self.blocks: torch.Tensor | None = None
-        """[R, B] log-sum-exp of each vocabulary block, where the gradient is sampled."""
+        """[R, B] log-sum-exp of each vocabulary block less a number of the row's, where the gradient is sampled."""
         self.smooth_blocks: torch.Tensor | None = None
         """[R, B] sum of each block's logits weighted by the smoothing, where it is estimated from some of them."""
         if shape.threshold is not None and shape.any_gradient:
@@ -66,6 +69,8 @@ class RunningStatistics:
             self._add_piece(projection.logits_(z, columns), rows, columns, projection)
             if leave_softmax and not in_place:
                 piece.copy_(z)
+        if self._smooth is not None:
+            self._smoothing_seen = self._smoothing_seen + _total(projection.smoothing(columns), raw.shape[1])
 
     def _add_piece(self, z: torch.Tensor, rows: slice, columns: slice, projection: Projection) -> None:
         """Take in logits [R, U], which are used up."""
@@ -73,48 +78,72 @@ class RunningStatistics:
             assert z.shape[1] == self._vocabulary, "a rank needs the whole row"
             above = z.gather(1, self._target[rows, None]) if self._rank_above is None else self._rank_above[rows, None]
             self._rank[rows] = (z > above).sum(1)
-        if self._smooth is not None:
+        if self.smooth_blocks is not None:
             smoothing = projection.smoothing(columns)
             assert smoothing is not None
-            smooth = z @ smoothing if isinstance(smoothing, torch.Tensor) else z.sum(1) * smoothing
-            self._smooth[rows] += smooth
-            if self.smooth_blocks is not None:
-                sums = block_sums(z * smoothing)
-                first_block = columns.start // BLOCK
-                self.smooth_blocks[rows, first_block : first_block + sums.shape[1]] = sums
+            self._store_blocks(self.smooth_blocks, block_sums(z * smoothing), rows, columns)
 
+        peak = self._peak(z, rows, columns)
+        reference, decay, shift = self._rescale(rows, peak)
+        if columns.start == 0:
+            self._origin[rows] = reference
         if projection.fused_softmax:
-            # ``z`` becomes the window's own softmax, in units of its log-sum-exp.
-            unit = projection.softmax_(z)
-            self.window_logsumexp[rows] = unit
-            reference, decay, _ = self._rescale(rows, unit)
-            total = (unit - reference).exp_()
+            # ``z`` becomes the window's own softmax.
+            if self._smooth is not None:
+                self._add_smooth(z.sub_(peak[:, None]), rows, columns, projection, peak - reference, shift)
+            log_sum = projection.softmax_(z)
+            unit = (peak - reference) + log_sum
+            self.window[0, rows], self.window[1, rows] = peak, log_sum
+            total = unit.exp()
         else:
-            unit, decay, total = self._exponentials_(z, rows, columns, projection)
+            z.sub_(reference[:, None])
+            if self._smooth is not None:
+                self._add_smooth(z, rows, columns, projection, None, shift)
+            if self._weighted is None:
+                total = z.exp_().sum(1)
+            else:
+                y = projection.scratch.take("y", z.shape[0], z.shape[1]).copy_(z).clamp_min_(LOWEST_LOGIT)
+                weighted = y.mul_(z.exp_()).sum(1)
+                self._weighted[rows] = decay * (self._weighted[rows] + shift * self._sum[rows]) + weighted
+                total = z.sum(1)
+            unit = torch.zeros_like(reference)
+            self.window[0, rows], self.window[1, rows] = reference, total.log()
         if self.blocks is not None:
-            sums = block_sums(z)
-            first_block = columns.start // BLOCK
-            self.blocks[rows, first_block : first_block + sums.shape[1]] = sums.log_().add_(unit[:, None])
+            unit = unit + (reference - self._origin[rows])
+            self._store_blocks(self.blocks, block_sums(z).log_().add_(unit[:, None]), rows, columns)
         self._sum[rows] = decay * self._sum[rows] + total
 
-    def _exponentials_(
-        self, z: torch.Tensor, rows: slice, columns: slice, projection: Projection
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits to exponentials against a reference, in place; it, the decay of sums so far, the rows' sums."""
+    @staticmethod
+    def _store_blocks(table: torch.Tensor, sums: torch.Tensor, rows: slice, columns: slice) -> None:
+        first_block = columns.start // BLOCK
+        table[rows, first_block : first_block + sums.shape[1]] = sums
+
+    def _peak(self, z: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        """[R] the largest of the window's logits; the first NaN's index is the prediction, as of ``torch.argmax``."""
         if self._prediction is None:
-            peak = z.amax(1)
-        else:
-            peak, index = z.max(1)
-            better = (peak > self._maximum[rows]) | (columns.start == 0)
-            self._prediction[rows] = torch.where(better, index + columns.start, self._prediction[rows])
-        reference, decay, shift = self._rescale(rows, peak)
-        z.sub_(reference[:, None])
-        if self._weighted is None:
-            return reference, decay, z.exp_().sum(1)
-        y = projection.scratch.take("y", z.shape[0], z.shape[1]).copy_(z).clamp_min_(LOWEST_LOGIT)
-        weighted = y.mul_(z.exp_()).sum(1)
-        self._weighted[rows] = decay * (self._weighted[rows] + shift * self._sum[rows]) + weighted
-        return reference, decay, z.sum(1)
+            return z.amax(1)
+        (peak, index), old = z.max(1), self._maximum[rows]
+        better = (peak > old) | (peak.isnan() & ~old.isnan()) | (columns.start == 0)
+        self._prediction[rows] = torch.where(better, index + columns.start, self._prediction[rows])
+        return peak
+
+    def _add_smooth(
+        self,
+        z: torch.Tensor,  # [R, U]
+        rows: slice,
+        columns: slice,
+        projection: Projection,
+        lower: torch.Tensor | None,  # [R]
+        shift: torch.Tensor,  # [R]
+    ) -> None:
+        """Add the weighted sum of ``z``, logits less the reference, or ``lower`` less than that."""
+        smoothing = projection.smoothing(columns)
+        assert smoothing is not None
+        assert self._smooth is not None
+        smooth = z @ smoothing if isinstance(smoothing, torch.Tensor) else z.sum(1) * smoothing
+        if lower is not None:
+            smooth = smooth + lower * _total(smoothing, z.shape[1])
+        self._smooth[rows] = self._smooth[rows] + shift * self._smoothing_seen + smooth
 
     def _rescale(self, rows: slice, peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The new reference, the factor of sums taken against the old one, and the factor's log; 0 before any sum."""
@@ -128,13 +157,18 @@ class RunningStatistics:
 
     def finish(self) -> Statistics:
         """Statistics of the rows, all windows seen."""
-        reference = torch.where(self._maximum == -torch.inf, 0, self._maximum)
         return Statistics(
-            logsumexp=reference + self._sum.log(),
+            peak=torch.where(self._maximum == -torch.inf, 0, self._maximum),
+            log_sum=self._sum.log(),
             target_logit=self._target_logit,
-            mean_logit=None if self._weighted is None else reference + self._weighted / self._sum,
+            mean_gap=None if self._weighted is None else -self._weighted / self._sum,
             smooth_logit=self._smooth,
             prediction=self._prediction,
             target_rank=self._rank,
-            peak_logit=None if self._prediction is None else self._maximum,
         )
+
+
+def _total(smoothing: torch.Tensor | float | None, columns: int) -> torch.Tensor | float:
+    """Sum of the smoothing of a window."""
+    assert smoothing is not None
+    return smoothing.sum() if isinstance(smoothing, torch.Tensor) else smoothing * columns

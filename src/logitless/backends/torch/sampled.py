@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
+from dataclasses import replace
 
 import torch
 
@@ -30,10 +31,10 @@ from logitless.backends.torch.dense import (
     new_gradients,
     new_weight_gradient,
 )
-from logitless.backends.torch.estimated import Scanned, ScanProjection, corrected
+from logitless.backends.torch.estimated import ScanProjection, corrected
 from logitless.backends.torch.pairs import GROUP_ROWS, Pairs
 from logitless.backends.torch.running import RunningStatistics
-from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights, weighted_row_sum
+from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights, weighted_hidden
 from logitless.backends.torch.tiles import Projection, RowValues, slices
 from logitless.options import BLOCK
 from logitless.sampling import block_count, inclusion_weights, kept_pairs_bound, mix_in_smoothing
@@ -44,11 +45,11 @@ ROW_MULTIPLE = 32
 
 
 def residuals(shape: Shape) -> list[TensorForm]:
-    """Rows and weights of the pairs, with room for as many as there can be, and where each block's start."""
+    """Rows, weights and shares of the pairs, with room for as many as there can be, and where each block's start."""
     assert shape.threshold is not None
     bound = kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold)
     starts = ((block_count(shape.vocabulary) + 1,), torch.int64)
-    return [((bound,), torch.int32), ((bound,), shape.statistics_dtype), starts]
+    return [((bound,), torch.int32), *[((bound,), shape.statistics_dtype)] * 2, starts]
 
 
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
@@ -57,54 +58,70 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     kind = ScanProjection if shape.estimated else Projection
     projection = kind(problem, schedule.rows, schedule.window)
     buffer = projection.buffer(schedule.rows * schedule.window)
-    parts, scans, scanned_of = [], [], []
+    parts, scans, smooth_of = [], [], []
     rows_of, blocks_of = ([torch.empty(0, dtype=torch.int32, device=buffer.device)] for _ in range(2))
-    weights_of = [torch.empty(0, dtype=shape.statistics_dtype, device=buffer.device)]
+    weights_of, shares_of = ([torch.empty(0, dtype=shape.statistics_dtype, device=buffer.device)] for _ in range(2))
 
-    def select(rows: slice, running: RunningStatistics, logsumexp: torch.Tensor) -> None:
-        listed, weights = _select(problem, rows, running, logsumexp)
+    def select(rows: slice, running: RunningStatistics, share: torch.Tensor | None) -> None:
+        masses = _masses(running, share)
+        listed, weights = _select(problem, rows, masses)
         block, row = listed.T.nonzero(as_tuple=True)
         blocks_of.append(block.int())
         rows_of.append(row.int() + rows.start)
         weights_of.append(weights[row, block])
-        if shape.estimated:
-            scanned_of.append(Scanned.of(running, row, block))
+        shares_of.append(masses[row, block])
+        if running.smooth_blocks is not None:
+            smooth_of.append(running.smooth_blocks[row, block])
 
     for rows in slices(shape.tokens, schedule.rows):
-        running, hidden = RunningStatistics(problem, rows), projection.hidden[rows]
+        running, hidden = RunningStatistics(problem, rows), projection.hidden(rows)
         for columns in slices(shape.vocabulary, schedule.window):
             running.add(projection.multiply(hidden, columns, buffer), columns, projection)
         part = running.finish()
         parts.append(part)
         if problem.merge is None:
-            select(rows, running, part.logsumexp)
+            select(rows, running, None)
         else:
             scans.append((rows, running))
     statistics = concatenate(parts, problem)
     if problem.merge is not None:  # one collective for all rows, whose tables are kept until then
         whole = problem.merge(statistics, slice(0, shape.tokens))() if shape.tokens else statistics
+        share = ((statistics.peak - whole.peak) + (statistics.log_sum - whole.log_sum)).exp()
         for rows, running in scans:
-            select(rows, running, whole.logsumexp[rows])
+            select(rows, running, share[rows])
     del scans
     del projection, buffer
-    pairs, order = _group(rows_of, blocks_of, weights_of, block_count(shape.vocabulary))
-    if scanned_of:
-        statistics = corrected(problem, statistics, pairs, Scanned.joined(scanned_of, order))
+    pairs, order = _group(rows_of, blocks_of, weights_of, shares_of, block_count(shape.vocabulary))
+    if shape.estimated:
+        smooth = torch.cat(smooth_of) if smooth_of else None
+        if smooth is not None and order is not None:
+            smooth = smooth[order]
+        statistics, pairs = corrected(problem, statistics, pairs, smooth)
     tensors = [torch.empty(size, dtype=dtype, device=problem.hidden.device) for size, dtype in residuals(shape)]
-    for tensor, values in zip(tensors, (pairs.rows, pairs.weights, pairs.starts), strict=True):
+    for tensor, values in zip(tensors, (pairs.rows, pairs.weights, pairs.shares, pairs.starts), strict=True):
         tensor[: values.shape[0]] = values
     return statistics.leaving(tuple(tensors))
 
 
-def _select(
-    problem: Problem, rows: slice, running: RunningStatistics, logsumexp: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R, B] which blocks are listed, and [R, B] their weights."""
-    shape, offsets = problem.shape, problem.offsets
+def _masses(
+    running: RunningStatistics,
+    share: torch.Tensor | None,  # [R]
+) -> torch.Tensor:
+    """[R, B] the blocks' shares of the row's sum, of which this shard has ``share``, or all of it.
+
+    They are normalised by their own sum, so that they add up to no more than that however coarse logits of that size
+    are. They take the place of the log-sum-exps.
+    """
     assert running.blocks is not None
+    masses = torch.softmax(running.blocks, 1, out=running.blocks)
+    return masses if share is None else masses.mul_(share[:, None])
+
+
+def _select(problem: Problem, rows: slice, masses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, B] which blocks are listed by their masses [R, B], and [R, B] their weights."""
+    shape, offsets = problem.shape, problem.offsets
     assert shape.threshold is not None
     assert offsets is not None
-    masses = running.blocks.sub_(logsumexp[:, None]).exp_()
     if problem.smoothing is not None and shape.softcapped:
         masses = mix_in_smoothing(masses, problem.smoothing, shape.vocabulary)
     weights = inclusion_weights(masses, shape.threshold, offsets[rows]).to(shape.statistics_dtype)
@@ -114,24 +131,28 @@ def _select(
 
 
 def _group(
-    rows: list[torch.Tensor], blocks: list[torch.Tensor], weights: list[torch.Tensor], count: int
+    rows: list[torch.Tensor],
+    blocks: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    shares: list[torch.Tensor],
+    count: int,
 ) -> tuple[Pairs, torch.Tensor | None]:
     """Pairs of consecutive row chunks, each in order of block, put together in order of block; and that order."""
-    row, block, weight = torch.cat(rows), torch.cat(blocks), torch.cat(weights)
+    row, block, weight, share = torch.cat(rows), torch.cat(blocks), torch.cat(weights), torch.cat(shares)
     order = None
     if len(rows) > 2:  # the first is empty
         block, order = block.sort(stable=True)
-        row, weight = row[order], weight[order]
+        row, weight, share = row[order], weight[order], share[order]
     ends = torch.bincount(block, minlength=count).cumsum(0)
-    return Pairs(rows=row, weights=weight, starts=torch.cat((ends.new_zeros(1), ends))), order
+    return Pairs(rows=row, weights=weight, shares=share, starts=torch.cat((ends.new_zeros(1), ends))), order
 
 
 def backward(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> Gradients:
     """Gradients from the kept pairs; the rank-one part of label smoothing is exact and comes last."""
     shape = problem.shape
-    rows, weights, block_starts = statistics.residuals
+    rows, weights, shares, block_starts = statistics.residuals
     count = int(block_starts[-1])
-    pairs = Pairs(rows[:count], weights[:count], block_starts)
+    pairs = Pairs(rows[:count], weights[:count], shares[:count], block_starts)
     projection = Projection(problem, GROUP_ROWS, BLOCK)
     gradients = new_gradients(projection)
     gradients.weight = new_weight_gradient(problem) if problem.main_grad is None else problem.main_grad
@@ -168,10 +189,8 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
         add_target_rows(gradients.hidden, problem, problem.target, group.entries_by_row())
         if rank_one is not None:
             rank_one.add_to_hidden(gradients.hidden)
-    if gradients.bias is not None:
-        projection.add_one_hot_to_bias(gradients.bias, group.target_values)
-        if rank_one is not None:
-            rank_one.add_to_bias(gradients.bias)
+    if gradients.bias is not None and rank_one is not None:
+        rank_one.add_to_bias(gradients.bias)
     return gradients
 
 
@@ -199,17 +218,18 @@ class Group:
         self._projection, self._tokens = projection, problem.shape.tokens
         self._trained_columns = problem.shape.trained_columns
         self._rows = pairs.rows.long()
-        self._values = _pair_values(problem, statistics, coefficients, pairs)
+        values = _pair_values(problem, statistics, coefficients, pairs)
+        self._values = values = replace(values, entries=projection.target_entries(values))
         block_of = torch.repeat_interleave(pairs.starts.diff().to(self._rows.device))
         hits = (self._values.target // BLOCK == block_of).nonzero()[:, 0]
         self._hits = hits
         self._local = self._values.target[hits] % BLOCK
         self.target_values = self._values.rows(hits)
         """[N] values of the pairs that hold their row's target, in order of block."""
-        self._entries = projection.target_entries(self.target_values)
+        self._entries = projection.product_entries(self.target_values)
         self._narrow_entries = self._entries.to(projection.dtype)
         self._hit_list: list[int] = hits.tolist()
-        hidden = projection.hidden.shape[1]
+        hidden = problem.shape.hidden
         self._hidden_buffer = projection.buffer(GROUP_ROWS * hidden).view(GROUP_ROWS, hidden)
         self._part_buffer = projection.buffer(GROUP_ROWS * hidden).view(GROUP_ROWS, hidden)
         self._buffer = projection.buffer(GROUP_ROWS * BLOCK)
@@ -219,7 +239,7 @@ class Group:
         count = pairs.stop - pairs.start
         self._rows_here, self._columns = self._rows[pairs], columns
         self.hidden = self._hidden_buffer[: -(-count // ROW_MULTIPLE) * ROW_MULTIPLE]
-        torch.index_select(self._projection.hidden, 0, self._rows_here, out=self.hidden[:count])
+        self.hidden[:count] = self._projection.hidden(self._rows_here)
         self.hidden[count:].zero_()
         self.trained = self.hidden[:, self._trained_columns]
         self._raw = self._projection.multiply(self.hidden, columns, self._buffer)
@@ -246,18 +266,13 @@ class Group:
 
 def _pair_values(problem: Problem, statistics: Statistics, coefficients: Coefficients, pairs: Pairs) -> RowValues:
     """[P] values of every pair: those of its row, the softmax's coefficients weighted."""
-    rows = pairs.rows.long()
-    c = coefficients.rows(rows)
+    values = RowValues.of(problem, statistics, coefficients).rows(pairs.rows.long())
+    c = values.coefficients
     # Without a cap the smoothing term is of rank one as a whole, and nothing of it is left to the blocks.
     d = c.d * pairs.weights if c.d is not None and problem.shape.softcapped else None
     b = None if c.b is None else c.b * pairs.weights
-    return RowValues(
-        logsumexp=statistics.logsumexp[rows],
-        target=problem.target[rows],
-        target_logit=statistics.target_logit[rows],
-        coefficients=Coefficients(a=c.a * pairs.weights, b=b, c=c.c, d=d),
-        smoothing_outside=True,
-    )
+    weighted = Coefficients(a=c.a * pairs.weights, b=b, c=c.c, d=d)
+    return replace(values, coefficients=weighted, share=pairs.shares, smoothing_outside=True)
 
 
 class SmoothingRankOne:
@@ -270,7 +285,7 @@ class SmoothingRankOne:
     @functools.cached_property
     def _row_sum(self) -> torch.Tensor:
         """[D] sum of d_i x_i."""
-        return weighted_row_sum(self._problem.hidden, lambda rows: self._d[rows], self._d.dtype)
+        return weighted_hidden(self._problem, self._d)
 
     def add_to_weight(self, gradient: torch.Tensor, columns: slice) -> None:
         """To the rows ``columns`` of the weight gradient."""

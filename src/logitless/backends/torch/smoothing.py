@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from logitless.backends.contract import Problem
@@ -21,19 +19,18 @@ def smoothing_weights(problem: Problem, columns: slice) -> torch.Tensor:
 
 
 def smoothed_weight(problem: Problem) -> torch.Tensor:
-    """[D] sum of s_v w_v."""
-    return weighted_row_sum(
-        problem.weight, lambda columns: smoothing_weights(problem, columns), problem.shape.statistics_dtype
-    )  # fmt: skip
+    """[D] sum of s_v w_v, a few rows at a time."""
+    shape = problem.shape
+    total = torch.zeros(shape.hidden, dtype=shape.statistics_dtype, device=problem.weight.device)
+    for columns in slices(shape.vocabulary, PARTIAL):
+        total += smoothing_weights(problem, columns) @ problem.weight[columns].to(total.dtype)
+    return total
 
 
-def weighted_row_sum(
-    matrix: torch.Tensor,  # [R, D]
-    weights: Callable[[slice], torch.Tensor],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """[D] weighted sum of the rows of a matrix, a few at a time, in that dtype."""
-    total = torch.zeros(matrix.shape[1], dtype=dtype, device=matrix.device)
-    for rows in slices(matrix.shape[0], PARTIAL):
-        total += weights(rows) @ matrix[rows].to(dtype)
+def weighted_hidden(problem: Problem, weights: torch.Tensor) -> torch.Tensor:
+    """[D] sum of weights_i x_i, a few rows at a time."""
+    shape = problem.shape
+    total = torch.zeros(shape.hidden, dtype=shape.statistics_dtype, device=weights.device)
+    for rows in slices(shape.tokens, PARTIAL):
+        total += weights[rows] @ problem.hidden_rows(rows).to(total.dtype)
     return total

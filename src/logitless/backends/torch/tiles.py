@@ -8,11 +8,11 @@ stays in cache, in the statistics dtype, by in-place vectorised operations.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from logitless.backends.contract import Coefficients, Problem, Shape
+from logitless.backends.contract import Coefficients, Problem, Shape, Statistics
 
 # Elements of one scratch buffer. 2 MiB of fp32 stays in the L2 caches of two cores; on an accelerator, where the start
 # of a kernel costs more than a trip to memory, larger pieces are better.
@@ -40,7 +40,7 @@ def fuses_softmax(shape: Shape) -> bool:
         shape.device_type == "cpu"
         and shape.statistics_dtype == torch.float32
         and not shape.biased
-        and not shape.statistics & {"mean_logit", "prediction"}
+        and not shape.statistics & {"mean_gap", "prediction"}
     )
 
 
@@ -74,37 +74,62 @@ class Scratch:
 
 @dataclass(frozen=True)
 class RowValues:
-    """What the gradient of some rows needs besides their logits; each field [R].
+    """What the gradient of some rows needs besides their logits; each field [R] where nothing else is said.
 
     Attributes:
-        logsumexp: of the row.
+        peak: of ``Statistics``.
+        log_sum: of ``Statistics``.
         target: vocabulary index.
         target_logit: the target's logit.
         coefficients: of ``Coefficients``; with the sampled gradient, ``a``, ``b`` and ``d`` weighted for one block.
+        valid: rows that count, or None for all.
+        entries: ``Projection.target_entries`` of the row, once these are known.
         smoothing_outside: whether the rank-one part of the smoothing term is left to the caller.
-        window_logsumexp: log-sum-exp of the logits within the window at hand, where the forward pass left it.
+        share: of the row's sum of exponentials that lies in the window at hand, where the forward pass knew it.
         holds_softmax: whether the tile holds the softmax of the window instead of raw products.
     """
 
-    logsumexp: torch.Tensor
+    peak: torch.Tensor
+    log_sum: torch.Tensor
     target: torch.Tensor
     target_logit: torch.Tensor
     coefficients: Coefficients
+    valid: torch.Tensor | None = None
+    entries: torch.Tensor | None = None
     smoothing_outside: bool = False
-    window_logsumexp: torch.Tensor | None = None
+    share: torch.Tensor | None = None
     holds_softmax: bool = False
+
+    @classmethod
+    def of(cls, problem: Problem, statistics: Statistics, coefficients: Coefficients) -> RowValues:
+        """The values of all rows of a problem."""
+        return cls(
+            peak=statistics.peak,
+            log_sum=statistics.log_sum,
+            target=problem.target,
+            target_logit=statistics.target_logit,
+            coefficients=coefficients,
+            valid=problem.counted,
+        )
 
     def rows(self, rows: slice | torch.Tensor) -> RowValues:
         """The values of some of the rows."""
-        return RowValues(
-            self.logsumexp[rows],
-            self.target[rows],
-            self.target_logit[rows],
-            self.coefficients.rows(rows),
-            self.smoothing_outside,
-            None if self.window_logsumexp is None else self.window_logsumexp[rows],
-            self.holds_softmax,
+        return replace(
+            self,
+            peak=self.peak[rows],
+            log_sum=self.log_sum[rows],
+            target=self.target[rows],
+            target_logit=self.target_logit[rows],
+            coefficients=self.coefficients.rows(rows),
+            valid=None if self.valid is None else self.valid[rows],
+            entries=None if self.entries is None else self.entries[rows],
+            share=None if self.share is None else self.share[rows],
         )
+
+
+def window_share(peak: torch.Tensor, log_sum: torch.Tensor, rows: RowValues) -> torch.Tensor:
+    """[R] share of the rows' sums of exponentials of a window with that peak and log-sum [R]."""
+    return ((peak - rows.peak) + (log_sum - rows.log_sum)).exp_()
 
 
 class TargetIndex:
@@ -133,14 +158,18 @@ class Projection:
         shape = problem.shape
         self.dtype = shape.product_dtype
         self.statistics_dtype = shape.statistics_dtype
-        self.hidden = problem.hidden.to(self.dtype)  # [N, D]
-        self.scratch = Scratch(scratch_elements(shape, rows, columns), self.statistics_dtype, self.hidden.device)
+        self.device = problem.hidden.device
+        self.scratch = Scratch(scratch_elements(shape, rows, columns), self.statistics_dtype, self.device)
         self._bias = None if problem.bias is None else problem.bias.to(self.statistics_dtype)
         self._copied_weight: torch.Tensor | None = None
         self._copies = problem.weight.dtype != self.dtype or shape.weight_layout == "strided"
         self.fused_softmax = fuses_softmax(shape)
         self.leaves_softmax = self.fused_softmax and problem.head.softcap is None
         """Whether a tile that is kept can hold its softmax: the gradient is a multiple of that, and needs no logits."""
+
+    def hidden(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """[R, D] some of the hidden states in the product dtype."""
+        return self.problem.hidden_rows(rows).to(self.dtype)
 
     @property
     def copies_weight(self) -> bool:
@@ -149,7 +178,7 @@ class Projection:
 
     def buffer(self, elements: int) -> torch.Tensor:
         """A flat buffer for raw products."""
-        return torch.empty(elements, dtype=self.dtype, device=self.hidden.device)
+        return torch.empty(elements, dtype=self.dtype, device=self.device)
 
     def weight(self, columns: slice) -> torch.Tensor:
         """[U, D] those rows of the weight in the product dtype; valid until the next call."""
@@ -178,10 +207,9 @@ class Projection:
         return z
 
     def softmax_(self, z: torch.Tensor) -> torch.Tensor:
-        """Softmax of each row of a piece, in place; returns the rows' log-sum-exp."""
-        peak = z.amax(1)
+        """Softmax of each row of a piece, in place; returns [R] the rows' log-sum, relative to their largest logit."""
         torch.softmax(z, 1, out=z)
-        return peak - z.amax(1).log_()
+        return z.amax(1).log_().neg_()
 
     def target_logits(self, raw: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """[R] logits of the targets [R] from their raw products [R], by the same steps as ``logits_``."""
@@ -203,9 +231,9 @@ class Projection:
         rows: RowValues,
         bias_gradient: torch.Tensor | None,  # [V]
     ) -> None:
-        """Turn raw products into their gradient but for the one-hot term, in place; add its sum to the bias's.
+        """Turn raw products into their gradient, in place; add its sum over rows to the bias's, targets included.
 
-        Where a target lies in the window its entry lacks the one-hot term: ``target_entries`` gives it whole.
+        Where a target lies in the window its entry is undefined afterwards: ``target_entries`` gives it.
         """
         at_a_time = self.scratch.rows(raw.shape[1])
         if raw.shape[0] <= at_a_time:
@@ -226,25 +254,40 @@ class Projection:
         if head.softcap is not None:
             chain = torch.div(z, head.softcap, out=self.scratch.take("chain", *shape)).square_().neg_().add_(1)
         if c.b is None and self.fused_softmax:
-            window = rows.window_logsumexp
-            if window is None:
-                window = self.softmax_(z)
+            share = rows.share
+            if share is None:
+                peak = z.amax(1)
+                share = window_share(peak, self.softmax_(z), rows)
             elif not rows.holds_softmax:
                 torch.softmax(z, 1, out=z)
-            z.mul_(((window - rows.logsumexp).exp_() * c.a)[:, None])
-        elif c.b is None:
-            z.sub_(rows.logsumexp[:, None]).exp_().mul_(c.a[:, None])
+            z.mul_((share * c.a)[:, None])
         else:
-            z.clamp_min_(LOWEST_LOGIT)
-            factor = torch.mul(z, c.b[:, None], out=self.scratch.take("factor", *shape)).add_(c.a[:, None])
-            z.sub_(rows.logsumexp[:, None]).exp_().mul_(factor)
+            z.sub_(rows.peak[:, None])
+            factor = None
+            if c.b is not None:
+                z.clamp_min_(LOWEST_LOGIT)
+                factor = torch.mul(z, c.b[:, None], out=self.scratch.take("factor", *shape)).add_(c.a[:, None])
+            z.exp_()
+            if rows.share is None:
+                unit = rows.log_sum.neg().exp_()
+            else:
+                total = z.sum(1)
+                unit = torch.where(total == 0, 0.0, rows.share / total)
+            if factor is None:
+                z.mul_((unit * c.a)[:, None])
+            else:
+                z.mul_(unit[:, None]).mul_(factor)
         if c.d is not None:
             _add_outer_(z, -c.d, self.smoothing(columns))
         if chain is not None:
             z.mul_(chain)
         if c.d is not None and rows.smoothing_outside:
             _add_outer_(z, c.d, self.smoothing(columns))
+        if rows.valid is not None:
+            z.masked_fill_(~rows.valid[:, None], 0)  # a bias that is not finite reaches every row
         if bias_gradient is not None:
+            assert rows.entries is not None
+            _set_targets_(z, columns, rows.target, rows.entries)  # a sum of probabilities less a count would cancel
             bias_gradient[columns].add_(z.sum(0))
         if head.logit_scale != 1:
             z.mul_(head.logit_scale)
@@ -256,11 +299,23 @@ class Projection:
         cap = self.problem.head.softcap
         return 1.0 if cap is None else 1 - (rows.target_logit / cap).square()
 
+    def product_entries(self, rows: RowValues) -> torch.Tensor:
+        """[R] gradient of each row's product with its target's weight."""
+        assert rows.entries is not None
+        return rows.entries * self.problem.head.logit_scale
+
     def target_entries(self, rows: RowValues) -> torch.Tensor:
-        """[R] gradient at each row's target, one-hot term included, in the statistics dtype: never rounded before."""
+        """[R] gradient at each row's target, one-hot term included, in the statistics dtype: never rounded before.
+
+        It is that of the scaled product, as the bias has it: the product's own is ``logit_scale`` times that.
+        """
         c = rows.coefficients
-        factor = c.a if c.b is None else c.a + c.b * rows.target_logit.clamp_min(LOWEST_LOGIT)
-        entries = (rows.target_logit - rows.logsumexp).exp() * factor - c.c
+        below = rows.target_logit - rows.peak
+        log_p = below - rows.log_sum
+        p = log_p.exp()
+        entries = (c.a - c.c) * p + c.c * log_p.expm1()  # a p - c, of a p near c
+        if c.b is not None:
+            entries = entries + c.b * torch.where(p == 0, 0.0, p * below)
         smooth: torch.Tensor | float = 0.0
         if c.d is not None:
             smoothing = self.problem.smoothing
@@ -269,11 +324,7 @@ class Projection:
         entries = (entries - smooth) * self.target_chain(rows)
         if rows.smoothing_outside:
             entries = entries + smooth
-        return entries * self.problem.head.logit_scale
-
-    def add_one_hot_to_bias(self, bias_gradient: torch.Tensor, rows: RowValues) -> None:
-        """The part of the bias's gradient [V] that ``softmax_gradient_`` leaves out."""
-        bias_gradient.index_add_(0, rows.target, -rows.coefficients.c * self.target_chain(rows))
+        return entries if rows.valid is None else torch.where(rows.valid, entries, 0.0)
 
 
 def _add_outer_(z: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor | float | None) -> None:
@@ -283,3 +334,15 @@ def _add_outer_(z: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor | flo
     else:
         assert columns is not None
         z.add_((rows * columns)[:, None])
+
+
+def _set_targets_(
+    z: torch.Tensor,  # [R, U]
+    columns: slice,
+    target: torch.Tensor,  # [R]
+    entries: torch.Tensor,  # [R]
+) -> None:
+    """The entries where targets lie in the window, in place; no device is asked which."""
+    inside = ((target >= columns.start) & (target < columns.stop))[:, None]
+    place = torch.where(inside, target[:, None] - columns.start, 0)
+    z.scatter_(1, place, torch.where(inside, entries[:, None], z.gather(1, place)))

@@ -22,7 +22,7 @@ from logitless.backends.triton.memory import workspace as workspace
 from logitless.backends.triton.prepared import finish as finish
 from logitless.backends.triton.prepared import forward_with_gradients as forward_with_gradients
 
-SKIPS_ROWS = True
+READS_MATRIX = True
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Bytes to which the tensor copy engine wants rows aligned, in elements of the hidden size.

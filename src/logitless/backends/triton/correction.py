@@ -2,7 +2,7 @@
 
 With masses ``m_ib`` of the scan as shares of the row's, and ``s_ib`` the same of the pairs' logits in full,
 
-    logsumexp_i += log max(1 + sum_b (s_ib - m_ib) / pi_ib, sum_b s_ib)
+    log_sum_i += log max(1 + sum_b (s_ib - m_ib) / pi_ib, sum_b s_ib)
 
 over the blocks that row i lists, where 1 / pi is 0 for one that is listed for its target alone: see ``reference.py``.
 The pairs' probabilities are left for the backward pass, which multiplies no logits again.
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from logitless.backends.triton.pairs import gradient_of_pairs, pairs_of_tile, products_of_pairs
-from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative, logits
+from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative, expm1, logits
 
 
 @triton.jit
@@ -35,7 +35,8 @@ def pair_sums_kernel(
     excess,  # [P, BLOCK], written: the probabilities under the scan's normaliser, less 1 at the target
     bias,  # [V] where BIAS
     target,  # [N] int64
-    logsumexp,  # [N] fp32 of the scan
+    peak,  # [N] fp32 of the scan, as log_sum
+    log_sum,
     target_logit,  # [N] fp32, written
     hidden_stride,
     hidden_size,
@@ -67,18 +68,19 @@ def pair_sums_kernel(
             hidden, weight, row, column, hidden_stride, hidden_size, TILE, BLOCK, BK, PRECISION
         )  # fmt: skip
         columns = column + tl.arange(0, BLOCK)
-        y = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
-        lse = tl.load(logsumexp + row, mask=valid, other=0.0) * LOG2E
-        p = tl.where((columns < vocabulary)[None, :], tl.exp2(y - lse[:, None]), 0.0)
+        z = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
+        log_p = z - tl.load(peak + row, mask=valid, other=0.0)[:, None]
+        log_p -= tl.load(log_sum + row, mask=valid, other=0.0)[:, None]
+        p = tl.where((columns < vocabulary)[None, :], tl.exp2(log_p * LOG2E), 0.0)
         share = tl.sum(p, 1)
 
         goal = tl.load(target + row, mask=valid, other=-1).to(tl.int32)
         at_target = columns[None, :] == goal[:, None]
         inside = valid & (goal >= column) & (goal < column + BLOCK)
-        tl.store(target_logit + row, tl.sum(tl.where(at_target, y, 0.0), 1) * LN2, mask=inside)
+        tl.store(target_logit + row, tl.sum(tl.where(at_target, z, 0.0), 1), mask=inside)
 
         excess_entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        p -= at_target.to(tl.float32)
+        p = tl.where(at_target, expm1(log_p), p)
         tl.store(excess + excess_entry, p.to(excess.dtype.element_ty), mask=valid[:, None])
 
         slot = tl.arange(0, SLOTS)
@@ -96,7 +98,7 @@ def correct_kernel(
     kept_shares,  # [N, slots] fp32
     kept_weights,  # [N, slots] fp32
     sums,  # [N, slots] fp32
-    logsumexp,  # [N] fp32, corrected
+    log_sum,  # [N] fp32, corrected
     rows,
     slots,
     ROWS: tl.constexpr,
@@ -112,8 +114,8 @@ def correct_kernel(
         kept_weights + entry, mask=taken, other=0.0
     )
     total, least = 1 + tl.sum(change, 1), tl.sum(share, 1)
-    lse = tl.load(logsumexp + row, mask=row < rows, other=0.0)
-    tl.store(logsumexp + row, lse + LN2 * tl.log2(tl.where(total > least, total, least)), mask=row < rows)
+    scanned = tl.load(log_sum + row, mask=row < rows, other=0.0)
+    tl.store(log_sum + row, scanned + LN2 * tl.log2(tl.where(total > least, total, least)), mask=row < rows)
 
 
 @triton.jit
@@ -126,8 +128,9 @@ def kept_gradient_kernel(
     pair_weights,  # [P] fp32
     gradient,  # [P, BLOCK], written
     target,  # [N] int64
-    scanned,  # [N] fp32 log-sum-exp of the scan
-    logsumexp,  # [N] fp32 the same corrected
+    scanned,  # [N] fp32 log-sum of the scan
+    peak,  # [N] fp32 that both log-sums are relative to
+    log_sum,  # [N] fp32 the scan's corrected
     target_logit,  # [N] fp32
     a,  # [N] fp32, as c
     c,
@@ -150,15 +153,20 @@ def kept_gradient_kernel(
         at_target = columns[None, :] == tl.load(target + row, mask=valid, other=-1).to(tl.int32)[:, None]
         p = left.to(tl.float32) + at_target.to(tl.float32)
         before = tl.load(scanned + row, mask=valid, other=0.0)
-        change = tl.exp2((before - tl.load(logsumexp + row, mask=valid, other=0.0)) * LOG2E)
+        change = before - tl.load(log_sum + row, mask=valid, other=0.0)
         factor = tl.load(pair_weights + place, mask=valid, other=0.0) * tl.load(a + row, mask=valid, other=0.0)
+        changed = factor * tl.exp2(change * LOG2E)
+        one_hot = tl.load(c + row, mask=valid, other=0.0)
+        # At the target (p - 1) and (factor - c) are small where the token is predicted with confidence.
+        rest = (factor - one_hot) + factor * expm1(change)
+        dz = left.to(tl.float32) * changed[:, None] + tl.where(at_target, rest[:, None], 0.0)
         # A factor of 0 is that of a pair listed for its target alone, whose probabilities may be anything.
-        dz = tl.where((factor != 0)[:, None], p * (factor * change)[:, None], 0.0)
-        dz -= tl.where(at_target, tl.load(c + row, mask=valid, other=0.0)[:, None], 0.0)
+        dz = tl.where((factor == 0)[:, None], tl.where(at_target, -one_hot[:, None], 0.0), dz)
         if SOFTCAP:
-            y = tl.where(p > 0, tl.log2(p) + before[:, None] * LOG2E, 0.0)
-            y = tl.where(at_target, tl.load(target_logit + row, mask=valid, other=0.0)[:, None] * LOG2E, y)
-            dz *= cap_derivative(y, softcap)
+            scanned_sum = before + tl.load(peak + row, mask=valid, other=0.0)
+            z = tl.where(p > 0, tl.log2(p) * LN2 + scanned_sum[:, None], 0.0)
+            z = tl.where(at_target, tl.load(target_logit + row, mask=valid, other=0.0)[:, None], z)
+            dz *= cap_derivative(z, softcap)
         entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         tl.store(gradient + entry, dz.to(gradient.dtype.element_ty), mask=valid[:, None])
 

@@ -68,7 +68,7 @@ def residuals(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]
     return [
         ((shape.vocabulary, shape.hidden) if lodged.stop else (0,), shape.weight_dtype),
         ((shape.tokens, padded(kept.stop - kept.start)), shape.compute_dtype),
-        ((blocks, table_rows(shape.tokens)) if keeps else (0,), torch.float32),
+        ((2, blocks, table_rows(shape.tokens)) if keeps else (0,), torch.float32),
         row,
         row,
         ((1,), torch.int32),
@@ -78,7 +78,8 @@ def residuals(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]
 def lodgings(buffer: torch.Tensor, problem: Problem, schedule: Schedule) -> torch.Tensor:
     """[windows, N, U] places in the weight gradient's buffer, from its second window of rows on."""
     shape = problem.shape
-    spacing = lodging_spacing(shape, schedule.window)
+    # What is kept has the compute dtype, which without a GPU need not be that of the library's products.
+    spacing = lodging_spacing(shape, schedule.window) * shape.product_dtype.itemsize // shape.compute_dtype.itemsize
     flat = buffer[schedule.window :].view(-1).view(shape.compute_dtype)
     size = (schedule.lodged_windows, shape.tokens, schedule.window)
     return flat.as_strided(size, (spacing, schedule.window, 1))
@@ -92,13 +93,13 @@ def new_statistics(problem: Problem) -> Statistics:
         return torch.zeros(shape.tokens, dtype=dtype, device=device)
 
     return Statistics(
-        logsumexp=zeros(),
+        peak=zeros(),
+        log_sum=zeros(),
         target_logit=zeros(),
-        mean_logit=zeros() if "mean_logit" in wanted else None,
+        mean_gap=zeros() if "mean_gap" in wanted else None,
         smooth_logit=zeros() if "smooth_logit" in wanted else None,
         prediction=zeros(torch.int64) if "prediction" in wanted else None,
         target_rank=zeros(torch.int64) if "target_rank" in wanted else None,
-        peak_logit=zeros() if "prediction" in wanted else None,
     )
 
 
@@ -109,7 +110,7 @@ class Scratch:
     Attributes:
         hidden: [R, D] gathered hidden states, in the compute dtype.
         tables: of the rows' blocks of columns.
-        target_logit: [N] in units of log 2, packed.
+        target_logit: [N] packed.
         rank: [N] int32 logits above the target's, packed; None where not wanted.
     """
 
@@ -180,7 +181,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         return statistics
     order = launcher.rows
     keeps = lodged.stop > 0 or kept.stop > kept.start
-    table = scratch.tables.log_sum if keeps else launcher.empty(0)
+    table = scratch.tables.sums if keeps else launcher.empty(0)
     return statistics.leaving((*left, table, order.order, order.target, order.count))
 
 
@@ -200,7 +201,9 @@ class _Accumulators:
             self.weight = problem.main_grad
         if shape.weight_gradient and self.weight is None:
             self.weight = launcher.empty(*shape.weight_gradient_size, dtype=shape.weight_dtype)
-        self.bias = torch.zeros(shape.vocabulary, device=launcher.device) if shape.bias_gradient else None
+        self.bias = None
+        if shape.bias_gradient:
+            self.bias = torch.zeros(shape.vocabulary, dtype=torch.float32, device=launcher.device)
 
     def add(self, hidden: torch.Tensor, gradient: torch.Tensor, columns: slice) -> None:
         """Products of a window's gradient [N, U]."""

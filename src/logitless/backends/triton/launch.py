@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from logitless.backends.contract import Coefficients, Problem, Shape, Statistics, ceil_div
@@ -29,21 +30,48 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Tables:
-    """Statistics of each block of columns, for rows in packed order: [T, R] fp32, None where not wanted."""
+    """Statistics of each block of columns, for rows in packed order: [T, R] fp32, None where not wanted.
 
-    log_sum: torch.Tensor
-    mean: torch.Tensor | None
-    smooth: torch.Tensor | None
-    peak: torch.Tensor | None
-    peak_index: torch.Tensor | None
+    Attributes:
+        sums: [2, T, R] peak of each block, and log2 of its sum of exponentials relative to that.
+        gap: what the logit lies below the block's peak, in the mean of the block's own softmax.
+        smooth: sum of the logits less the block's peak, weighted by the smoothing.
+        largest: each block's largest logit.
+        largest_index: int32 where it is.
+    """
+
+    sums: torch.Tensor
+    gap: torch.Tensor | None = None
+    smooth: torch.Tensor | None = None
+    largest: torch.Tensor | None = None
+    largest_index: torch.Tensor | None = None
+
+    @property
+    def peak(self) -> torch.Tensor:
+        """[T, R] peak of each block."""
+        return self.sums[0]
+
+    @property
+    def log_sum(self) -> torch.Tensor:
+        """[T, R] log2 of each block's sum of exponentials relative to its peak."""
+        return self.sums[1]
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """An operand of the scan in eight bits: values [R, W] e4m3 in units of scales [R] fp32."""
+    """An operand of the scan in eight bits: values [R, W] e4m3 in units of scales [R] fp32.
+
+    ``shifts`` [R] fp32 are added to the products of the hidden states; None for the weight.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
+    shifts: torch.Tensor | None
+
+    def rows(self, count: int) -> Rounded:
+        """The first rows of the hidden states."""
+        assert self.shifts is not None
+        return Rounded(self.values[:count], self.scales[:count], self.shifts[:count])
 
 
 class Launcher:
@@ -61,7 +89,6 @@ class Launcher:
         self._smoothing = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
         self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
         self._head: dict[str, Any] = {"BIAS": problem.bias is not None, "SOFTCAP": problem.head.softcap is not None}
-        self._precision = fp32_precision()
         self.block = table_block(self.shape, self._index)
 
     def tile(self, kind: tiles.Kind) -> tiles.Tile:
@@ -85,11 +112,11 @@ class Launcher:
         blocks, wanted = ceil_div(self.shape.vocabulary, self.block), self.shape.statistics
         predict, rows = "prediction" in wanted, table_rows(rows)
         return Tables(
-            log_sum=self.empty(blocks, rows),
-            mean=self.empty(blocks, rows) if "mean_logit" in wanted else None,
+            sums=self.empty(2, blocks, rows),
+            gap=self.empty(blocks, rows) if "mean_gap" in wanted else None,
             smooth=self.empty(blocks, rows) if "smooth_logit" in wanted else None,
-            peak=self.empty(blocks, rows) if predict else None,
-            peak_index=self.empty(blocks, rows, dtype=torch.int32) if predict else None,
+            largest=self.empty(blocks, rows) if predict else None,
+            largest_index=self.empty(blocks, rows, dtype=torch.int32) if predict else None,
         )
 
     def scan(
@@ -117,11 +144,11 @@ class Launcher:
         programs = min(tiles.processors(self._index), ceil_div(hidden.shape[0], tile.rows) * columns_of_tiles)
         absent = tables.log_sum
         if rounded is None:
-            operands, scales = self._operands(hidden, tile), (absent, absent)
+            operands, scales = self._operands(hidden, tile), (absent, absent, absent)
         else:
             shapes = ([tile.rows, tile.depth], [tile.columns, tile.depth])
             operands = tuple(described(side.values, shape) for side, shape in zip(rounded, shapes, strict=True))
-            scales = tuple(side.scales for side in rounded)
+            scales = (rounded[0].scales, or_other(rounded[0].shifts, absent), rounded[1].scales)
         scan_kernel[(programs,)](
             *operands,
             operands[0] if softmax is None else described(softmax, [1, tile.rows, tile.columns]),
@@ -130,11 +157,12 @@ class Launcher:
             or_other(self._smoothing, absent),
             self.rows.target,
             self.rows.count,
+            tables.peak,
             tables.log_sum,
-            or_other(tables.mean, absent),
+            or_other(tables.gap, absent),
             or_other(tables.smooth, absent),
-            or_other(tables.peak, absent),
-            or_other(tables.peak_index, absent),
+            or_other(tables.largest, absent),
+            or_other(tables.largest_index, absent),
             target_logit,
             or_other(rank, absent),
             tables.log_sum.stride(0),
@@ -155,14 +183,14 @@ class Launcher:
             GROUP=tile.group,
             BLOCK=self.block,
             **self._head,
-            MEAN=tables.mean is not None,
+            GAP=tables.gap is not None,
             SMOOTH=tables.smooth is not None,
             SMOOTH_VECTOR=self._smoothing is not None,
-            PREDICT=tables.peak is not None,
+            PREDICT=tables.largest is not None,
             RANK=rank is not None,
             STORE=softmax is not None,
             SCALED=rounded is not None,
-            PRECISION=self._precision,
+            PRECISION=input_precision(self.dtype if rounded is None else rounded[0].values.dtype),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -170,7 +198,7 @@ class Launcher:
     def combine(
         self,
         tables: Tables,
-        target_logit: torch.Tensor,  # [N] in units of log 2, packed
+        target_logit: torch.Tensor,  # [N] packed
         first_row: int,
         rows: int,
         statistics: Statistics,
@@ -180,37 +208,48 @@ class Launcher:
             return
         absent = tables.log_sum
         combine_kernel[(ceil_div(rows, COMBINED_ROWS),)](
+            tables.peak,
             tables.log_sum,
-            or_other(tables.mean, absent),
+            or_other(tables.gap, absent),
             or_other(tables.smooth, absent),
-            or_other(tables.peak, absent),
-            or_other(tables.peak_index, absent),
+            absent if tables.smooth is None else self._smoothing_of_blocks(),
+            or_other(tables.largest, absent),
+            or_other(tables.largest_index, absent),
             target_logit,
             self.rows.order,
             self.rows.count,
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             statistics.target_logit,
-            or_other(statistics.mean_logit, absent),
+            or_other(statistics.mean_gap, absent),
             or_other(statistics.smooth_logit, absent),
             or_other(statistics.prediction, absent),
-            or_other(statistics.peak_logit, absent),
             tables.log_sum.stride(0),
             tables.log_sum.shape[0],
             first_row,
             rows,
             ROWS=COMBINED_ROWS,
             BLOCKS=COMBINED_BLOCKS,
-            MEAN=tables.mean is not None,
+            GAP=tables.gap is not None,
             SMOOTH=tables.smooth is not None,
-            PREDICT=tables.peak is not None,
+            PREDICT=tables.largest is not None,
             num_warps=4,
         )
+
+    def _smoothing_of_blocks(self) -> torch.Tensor:
+        """[T] sum of the smoothing over each block of the tables."""
+        vector, vocabulary = self._smoothing, self.shape.vocabulary
+        if vector is None:
+            sums = self.empty(ceil_div(vocabulary, self.block)).fill_(self._uniform * self.block)
+            sums[-1] -= self._uniform * (sums.shape[0] * self.block - vocabulary)
+            return sums
+        return pad(vector.float(), (0, -vocabulary % self.block)).view(-1, self.block).sum(1)
 
     def stored_gradient(
         self,
         softmax: torch.Tensor,  # [R, U] of a window
         gradient: torch.Tensor,  # [R, U]
-        log_sum: torch.Tensor,  # [T, R]
+        sums: torch.Tensor,  # [2, T, R] of ``Tables``
         first_row: int,
         columns: slice,
         statistics: Statistics,
@@ -224,8 +263,10 @@ class Launcher:
         stored_gradient_kernel[grid](
             softmax,
             gradient,
-            log_sum,
-            statistics.logsumexp,
+            sums[0],
+            sums[1],
+            statistics.peak,
+            statistics.log_sum,
             coefficients.a,
             or_other(coefficients.b, coefficients.a),
             or_other(coefficients.d, coefficients.a),
@@ -234,7 +275,7 @@ class Launcher:
             self.rows.count,
             softmax.stride(0),
             gradient.stride(0),
-            log_sum.stride(0),
+            sums.stride(1),
             first_row,
             rows,
             columns.start,
@@ -279,7 +320,8 @@ class Launcher:
             described(gradient, [tile.rows, tile.columns]),
             or_other(self._bias, coefficients.a),
             or_other(self._smoothing, coefficients.a),
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             coefficients.a,
             or_other(coefficients.b, coefficients.a),
             or_other(coefficients.d, coefficients.a),
@@ -298,7 +340,7 @@ class Launcher:
             GROUP=tile.group,
             **self._head,
             **self._coefficient_flags(coefficients),
-            PRECISION=self._precision,
+            PRECISION=input_precision(self.dtype),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -317,7 +359,8 @@ class Launcher:
             gradient,
             self.rows.target,
             statistics.target_logit,
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             c.a,
             or_other(c.b, c.a),
             c.c,
@@ -367,12 +410,13 @@ CLEARED_ROWS = 32
 TARGET_ROWS = 128
 
 
-def fp32_precision() -> str:
-    """How products take fp32 operands, as the library's do; asked so that either of PyTorch's settings is heard."""
-    precision = torch.backends.cuda.matmul.fp32_precision
-    if precision == "none":
-        precision = torch.backends.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return "tf32" if precision == "tf32" else "ieee"
+def input_precision(dtype: torch.dtype) -> Literal["ieee", "tf32"]:
+    """How kernels multiply operands of a dtype: as they are, or, of fp32 alone, rounded to TF32 where PyTorch does so.
+
+    ``fp32_precision`` knows what was set by each of PyTorch's interfaces, ``set_float32_matmul_precision``,
+    ``allow_tf32`` and itself; the first two refuse to be read once the third was set. "medium" is TF32 on CUDA devices.
+    """
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def readable(matrix: torch.Tensor) -> torch.Tensor:

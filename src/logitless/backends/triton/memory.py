@@ -114,13 +114,15 @@ def _hidden_accumulator(shape: Shape, single: bool) -> int:
 
 
 def _table(shape: Shape, rows: int) -> int:
-    return 4 * blocks(shape) * table_rows(min(rows, shape.tokens))
+    """Peaks and log-sums of blocks of columns."""
+    return 8 * blocks(shape) * table_rows(min(rows, shape.tokens))
 
 
 def _tables(shape: Shape, rows: int) -> int:
     wanted = shape.statistics
-    count = 1 + ("mean_logit" in wanted) + ("smooth_logit" in wanted) + 2 * ("prediction" in wanted)
-    return count * _table(shape, rows)
+    others = ("mean_gap" in wanted) + ("smooth_logit" in wanted) + 2 * ("prediction" in wanted)
+    smoothing_of_blocks = 4 * (shape.vocabulary + 2 * blocks(shape)) if "smooth_logit" in wanted else 0
+    return (2 + others) * _table(shape, rows) // 2 + smoothing_of_blocks
 
 
 def _hidden_cast(shape: Shape) -> int:

@@ -2,14 +2,14 @@
 
 For a pair of row i and block b, kept with probability pi (``selection.py``), and v in the block:
 
-    dz_iv = (p_iv (a_i + b_i z_iv) + d_i s_v cap(z_iv)^2) / pi - c_i [v = target]
+    dz_iv = (p_iv (a_i + b_i (z_iv - z0_i)) + d_i s_v cap(z_iv)^2) / pi - c_i [v = target]
     dW_v  = scale * sum_i dz_iv x_i
     dx_i  = scale * sum_v dz_iv w_v
 
-where 1 / pi is 0 for a block that is listed for its target alone. Under a cap the part with d is what it leaves of
-smoothing besides a term of rank one, ``cap(z)^2`` being ``(z / softcap)^2``, and its derivative, ``1 - cap(z)^2``,
-multiplies the other two. The probability pi follows again from the block's recomputed mass, which is that of the
-forward pass but for the last digits.
+where z0 is the row's peak and 1 / pi is 0 for a block that is listed for its target alone. Under a cap the part with d
+is what it leaves of smoothing besides a term of rank one, ``cap(z)^2`` being ``(z / softcap)^2``, and its derivative,
+``1 - cap(z)^2``, multiplies the other two. The probability pi follows again from the block's recomputed mass, which is
+that of the forward pass but for the last digits.
 
 Pairs are cut into tiles of TILE pairs of one block; ``tile_blocks`` says whose.
 """
@@ -22,8 +22,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from logitless.backends.triton.primitives import LN2, LOG2E, logits, multiply_add
+from logitless.backends.triton.primitives import LOG2E, cap_derivative, logits, multiply_add
 from logitless.backends.triton.selection import inclusion_probability
+from logitless.backends.triton.softmax_gradient import target_entry
 
 
 @triton.jit
@@ -103,7 +104,8 @@ def pair_gradient_kernel(
     smoothing,  # [V] where SMOOTH_VECTOR
     shares,  # [B] fp32 where MIXED
     target,  # [N] int64
-    logsumexp,  # [N] fp32, as a, b, c and d
+    peak,  # [N] fp32, as log_sum, a, b, c and d
+    log_sum,
     a,
     b,
     c,
@@ -144,25 +146,27 @@ def pair_gradient_kernel(
 
         columns = column + tl.arange(0, BLOCK)
         exists = valid[:, None] & (columns < vocabulary)[None, :]
-        lse = tl.load(logsumexp + row, mask=valid, other=0.0) * LOG2E
-        y = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
-        p = tl.where(exists, tl.exp2(y - lse[:, None]), 0.0)
+        z = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
+        below = z - tl.load(peak + row, mask=valid, other=0.0)[:, None]
+        log_p = below - tl.load(log_sum + row, mask=valid, other=0.0)[:, None]
+        p = tl.where(exists, tl.exp2(log_p * LOG2E), 0.0)
         share = 0.0
         if MIXED:
             share = tl.load(shares + block)
         pi = inclusion_probability(tl.sum(p, 1), share, inverse_threshold, MIXED)
         factor = tl.where((coded >= 0) & (pi > 0), 1 / pi, 0.0)
 
-        dz = p * (factor * tl.load(a + row, mask=valid, other=0.0))[:, None]
+        weighted = (factor * tl.load(a + row, mask=valid, other=0.0))[:, None]
+        one_hot = tl.load(c + row, mask=valid, other=0.0)[:, None]
+        at_target = columns[None, :] == tl.load(target + row, mask=valid, other=-1).to(tl.int32)[:, None]
+        dz = tl.where(at_target, target_entry(log_p, weighted, one_hot), p * weighted)
         if B:
             slope = factor * tl.load(b + row, mask=valid, other=0.0)
-            dz += tl.where(p > 0, p * (slope[:, None] * (y * LN2)), 0.0)
-        at_target = columns[None, :] == tl.load(target + row, mask=valid, other=-1).to(tl.int32)[:, None]
+            dz += tl.where(p == 0, 0.0, p * (slope[:, None] * below))
         if SOFTCAP:
-            capped = y * (LN2 / softcap)
+            capped = z * (1 / softcap)
             square = capped * capped
-            one_hot = tl.where(at_target, tl.load(c + row, mask=valid, other=0.0)[:, None], 0.0)
-            dz = (dz - one_hot) * (1 - square)
+            dz *= cap_derivative(z, softcap)
             if SMOOTH:
                 smooth = (factor * tl.load(d + row, mask=valid, other=0.0))[:, None]
                 if SMOOTH_VECTOR:
@@ -170,8 +174,6 @@ def pair_gradient_kernel(
                 else:
                     smooth = smooth * uniform_smoothing
                 dz += smooth * square
-        else:
-            dz -= tl.where(at_target, tl.load(c + row, mask=valid, other=0.0)[:, None], 0.0)
         dz = tl.where(exists, dz, 0.0)
         entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         tl.store(gradient + entry, dz.to(gradient.dtype.element_ty), mask=valid[:, None])

@@ -77,7 +77,7 @@ def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstrea
         multiply(gradient, weight, hidden_gradient, add=False, scale=scale)
         scale_rows(hidden_gradient, None, upstream, hidden_gradient)
     if shape.bias_gradient:
-        bias_gradient = torch.zeros(shape.vocabulary, device=gradient.device)
+        bias_gradient = torch.zeros(shape.vocabulary, dtype=torch.float32, device=gradient.device)
         sum_columns(gradient, bias_gradient)
         bias_gradient.mul_(upstream)
     return Gradients(hidden_gradient, weight_gradient, bias_gradient)
@@ -102,7 +102,7 @@ def forward_with_gradients(
         if shape.tokens == 0:
             weight_gradient.zero_()
     if shape.bias_gradient:
-        bias_gradient = torch.zeros(shape.vocabulary, device=buffer.device)
+        bias_gradient = torch.zeros(shape.vocabulary, dtype=torch.float32, device=buffer.device)
     for rows in slices(0, shape.tokens, schedule.rows):
         gradient = buffer[: rows.stop - rows.start, : shape.vocabulary]
         multiply(hidden[rows], weight.T, gradient, add=False, scale=1.0)

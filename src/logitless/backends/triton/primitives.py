@@ -1,6 +1,8 @@
 """Device functions that several kernels share: order of tiles, products, logits, exponentials.
 
-Logits are held in units of log 2, ``y = z / log 2``, so that an exponential is one instruction; ``LOG2E * z = y``.
+Exponentials are of logits less a logit z0 of the same row, ``2^((z - z0) LOG2E)``: the difference is exact where it is
+small, however large the logits are, and so is the softmax of a token that is predicted with confidence. Sums of
+exponentials are kept as their log2, beside z0.
 """
 
 from __future__ import annotations
@@ -10,11 +12,6 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-# A sum of exponentials of raw logits between these needs no maximum: all of them are finite, and the largest is far
-# enough from the smallest normal number, 2^-126, that what underflows beside it is below fp32's resolution.
-LEAST_PLAIN_SUM: tl.constexpr = tl.constexpr(2.0**-90)
-LARGEST_PLAIN_SUM: tl.constexpr = tl.constexpr(2.0**120)
 
 
 @triton.jit
@@ -39,7 +36,7 @@ def nearest_tf32(x):
 
 @triton.jit
 def multiply_add(x, w, products, PRECISION: tl.constexpr):
-    """``products + x w^T``, operands rounded to tf32 where PRECISION says so."""
+    """``products + x w^T``, fp32 operands rounded to tf32 where PRECISION says so."""
     if PRECISION == "tf32":
         x = nearest_tf32(x)
         w = nearest_tf32(w)
@@ -61,24 +58,35 @@ def tanh(u):
 
 
 @triton.jit
-def logits(products, bias, first, vocabulary, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """[R, U] products to logits in units of log 2: scale or [R, 1] scales, bias, cap; ``first`` is the first column."""
-    if BIAS:
-        columns = first + tl.arange(0, products.shape[1])
-        shift = tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
-        y = (products * scale + shift[None, :]) * LOG2E
-    else:
-        y = products * (scale * LOG2E)
-    if SOFTCAP:
-        y = tanh(y * (LN2 / softcap)) * (softcap * LOG2E)
-    return y
+def expm1(x):
+    """``e^x - 1`` to about 2 ulp: a polynomial near 0, where the difference would cancel."""
+    series = 1 + x * (1 / 7)
+    series = 1 + x * series * (1 / 6)
+    series = 1 + x * series * (1 / 5)
+    series = 1 + x * series * (1 / 4)
+    series = 1 + x * series * (1 / 3)
+    series = 1 + x * series * (1 / 2)
+    return tl.where(tl.abs(x) < 0.25, x * series, tl.exp2(x * LOG2E) - 1)
 
 
 @triton.jit
-def cap_derivative(y, softcap):
-    """Derivative of the cap at logits in units of log 2."""
-    ratio = y * (LN2 / softcap)
-    return 1 - ratio * ratio
+def logits(products, bias, first, vocabulary, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """[R, U] products to logits: scale or [R, 1] scales, bias, cap; ``first`` is the first column."""
+    z = products * scale
+    if BIAS:
+        columns = first + tl.arange(0, products.shape[1])
+        shift = tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
+        z += shift[None, :]
+    if SOFTCAP:
+        z = tanh(z * (1 / softcap)) * softcap
+    return z
+
+
+@triton.jit
+def cap_derivative(z, softcap):
+    """Derivative of the cap at capped logits: 1 - t^2, of which 1 - t is exact near the cap."""
+    ratio = z * (1 / softcap)
+    return (1 - ratio) * (1 + ratio)
 
 
 @triton.jit
@@ -95,10 +103,22 @@ def in_blocks(values, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def finite_maximum(y):
+def finite_maximum(z):
     """[R] largest of each row, and 0 for rows of -inf alone, so that subtracting it never gives NaN."""
-    peak = tl.max(y, 1)
+    peak = tl.max(z, 1)
     return tl.where(peak == -float("inf"), 0.0, peak)
+
+
+@triton.jit
+def exponentials(z, peak):
+    """[R, U] of the logits less each row's peak [R]."""
+    return tl.exp2((z - peak[:, None]) * LOG2E)
+
+
+@triton.jit
+def log2_share(peak, log_sum, row_peak, row_log_sum):
+    """log2 of a part's sum of exponentials as a share of its row's; the log-sums are log2, relative to the peaks."""
+    return (peak - row_peak) * LOG2E + (log_sum - row_log_sum)
 
 
 # Few tiles overhang the vocabulary. The two functions below mask in branches that yield one number a row, so that no
@@ -106,32 +126,30 @@ def finite_maximum(y):
 
 
 @triton.jit
-def log_sum_exp(y, first, vocabulary, BLOCK: tl.constexpr):
-    """[R * U / BLOCK] log2 of each block's sum of 2^y.
-
-    The plain sum is tried first; where a block's is out of range, and in tiles that overhang the vocabulary, the tile's
-    sums are formed again against maxima. That saves a comparison for each logit and gives the same digits: a
-    floating-point sum does not depend on a common power of two.
-    """
-    total = tl.sum(in_blocks(tl.exp2(y), BLOCK), 1)
-    result = tl.log2(total)
-    plain = tl.min(((total > LEAST_PLAIN_SUM) & (total < LARGEST_PLAIN_SUM)).to(tl.int32), 0) > 0
-    if (first + y.shape[1] > vocabulary) | (not plain):
-        z = in_blocks(mask_columns(y, first, vocabulary, -float("inf")), BLOCK)
-        peak = finite_maximum(z)
-        result = peak + tl.log2(tl.sum(tl.exp2(z - peak[:, None]), 1))
-    return result
+def log_sum_exp(z, first, vocabulary, BLOCK: tl.constexpr):
+    """[R * U / BLOCK] peak of each block, and log2 of its sum of exponentials relative to that."""
+    blocks = in_blocks(z, BLOCK)
+    peak = finite_maximum(blocks)
+    total = tl.sum(exponentials(blocks, peak), 1)
+    if first + z.shape[1] > vocabulary:
+        blocks = in_blocks(mask_columns(z, first, vocabulary, -float("inf")), BLOCK)
+        peak = finite_maximum(blocks)
+        total = tl.sum(exponentials(blocks, peak), 1)
+    return peak, tl.log2(total)
 
 
 @triton.jit
-def softmax_in_tile(y, first, vocabulary):
-    """Softmax of each row within the tile, and [R] its log2-sum-exp. Columns beyond the vocabulary are undefined."""
-    peak = finite_maximum(y)
-    if first + y.shape[1] > vocabulary:
-        peak = finite_maximum(mask_columns(y, first, vocabulary, -float("inf")))
-    power = tl.exp2(y - peak[:, None])
+def softmax_in_tile(z, first, vocabulary):
+    """Softmax of each row within the tile, [R] its peak, and log2 of its sum of exponentials relative to that.
+
+    Columns beyond the vocabulary are undefined.
+    """
+    peak = finite_maximum(z)
+    if first + z.shape[1] > vocabulary:
+        peak = finite_maximum(mask_columns(z, first, vocabulary, -float("inf")))
+    power = exponentials(z, peak)
     total = tl.sum(power, 1)
-    if first + y.shape[1] > vocabulary:
+    if first + z.shape[1] > vocabulary:
         total = tl.sum(mask_columns(power, first, vocabulary, 0.0), 1)
     inverse = tl.where(total == 0, 0.0, 1 / total)
-    return power * inverse[:, None], peak + tl.log2(total)
+    return power * inverse[:, None], peak, tl.log2(total)

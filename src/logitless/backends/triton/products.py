@@ -16,12 +16,13 @@ def multiply(
     """``result = scale * left @ right``, added to what is there with ``add``.
 
     A result wider than the operands gets the fp32 sums unrounded; where the library cannot write the result's dtype,
-    the product is formed in fp32 and rounded once.
+    the product is formed in fp32 and rounded once. So it is for a scale of 0, for which the library forms no product: 0
+    times NaN is NaN.
     """
     beta = 1.0 if add else 0.0
-    if result.dtype == left.dtype:
+    if result.dtype == left.dtype and scale != 0:
         torch.addmm(result, left, right, beta=beta, alpha=scale, out=result)
-    elif result.dtype == torch.float32 and left.device.type == "cuda":
+    elif result.dtype == torch.float32 and left.device.type == "cuda" and scale != 0:
         torch.addmm(result, left, right, out_dtype=torch.float32, beta=beta, alpha=scale, out=result)
     else:
         product = torch.empty(result.shape, dtype=torch.float32, device=result.device)

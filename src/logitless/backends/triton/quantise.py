@@ -1,6 +1,6 @@
 """Operands of the scan in eight bits, as ``logitless/quantisation.py`` defines them.
 
-    scale_r = max(max_k |m_rk| / 448, 2^-100)
+    scale_r = max(max_k |m_rk| / 448, 2^-100)         of the weight, m less its mean row
     values[r, k] = e4m3(m_rk * (1 / scale_r))          k < D
     then, for the loud channels c, values[r, c] and e4m3(m_rc * (1 / scale_r) - values[r, c]), the second first for the
     weight
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from logitless.backends.contract import Problem, ceil_div
-from logitless.backends.triton.launch import Rounded, readable
+from logitless.backends.triton.launch import Rounded, or_other, readable
 from logitless.backends.triton.tiles import interpreted
-from logitless.quantisation import FORMAT, LARGEST, LEAST_SCALE, LOUD
+from logitless.quantisation import FORMAT, LARGEST, LEAST_SCALE, LOUD, averaged_rows
 
 # Elements to which rows are padded with zeros: 16 bytes, as the tensor copy engine wants them.
 ALIGNMENT = 16
@@ -80,11 +80,26 @@ def column_squares_kernel(
 
 
 @triton.jit
+def row_part(source, mean, column, columns, WEIGHT: tl.constexpr):
+    """Some of a row's numbers, of the weight less the mean row; and of the hidden states their part of the product."""
+    x = tl.load(source + column, mask=column < columns, other=0.0).to(tl.float32)
+    m = tl.load(mean + column, mask=column < columns, other=0.0)
+    shift = 0.0
+    if WEIGHT:
+        x -= m
+    else:
+        shift = tl.sum(x * m, 0)
+    return x, shift
+
+
+@triton.jit
 def quantise_rows_kernel(
     matrix,  # [R, stride]
     channels,  # [taken] int64
+    mean,  # [columns] fp32
     values,  # [R, width] e4m3, written
     scales,  # [R] fp32, written
+    shifts,  # [R] fp32, written unless WEIGHT
     stride,
     width,
     columns,
@@ -99,17 +114,21 @@ def quantise_rows_kernel(
 ):
     """A row's scale and rounded values, its loud channels once more and what their rounding left, zeros for the rest.
 
+    Of a row of the weight the mean row is subtracted before; a row of the hidden states has its product with that too.
     Grid: rows. WHOLE: COLUMNS are all, so that they are read once.
     """
     row = tl.program_id(0).to(tl.int64)
     source, result = matrix + row * stride, values + row * width
     column = tl.arange(0, COLUMNS)
-    x = tl.load(source + column, mask=column < columns, other=0.0).to(tl.float32)
+    x, shift = row_part(source, mean, column, columns, WEIGHT)  # pyright: ignore
     largest = tl.max(tl.abs(x), 0)
     if not WHOLE:
         for first in range(COLUMNS, columns, COLUMNS):
-            x = tl.load(source + first + column, mask=first + column < columns, other=0.0).to(tl.float32)
+            x, more = row_part(source, mean, first + column, columns, WEIGHT)  # pyright: ignore
+            shift += more
             largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
+    if not WEIGHT:
+        tl.store(shifts + row, shift)
     scale = tl.maximum(largest * UNIT, LEAST)
     inverse = tl.div_rn(1.0, scale)
     tl.store(scales + row, scale)
@@ -117,12 +136,15 @@ def quantise_rows_kernel(
         tl.store(result + column, e4m3(x * inverse, INTERPRETED), mask=column < columns)
     else:
         for first in range(0, columns, COLUMNS):
-            x = tl.load(source + first + column, mask=first + column < columns, other=0.0).to(tl.float32)
+            x, _ = row_part(source, mean, first + column, columns, WEIGHT)  # pyright: ignore
             tl.store(result + first + column, e4m3(x * inverse, INTERPRETED), mask=first + column < columns)
 
     lane = tl.arange(0, LOUD)
     channel = tl.load(channels + lane, mask=lane < taken, other=0)
-    loud = tl.load(source + channel, mask=lane < taken, other=0.0).to(tl.float32) * inverse
+    loud = tl.load(source + channel, mask=lane < taken, other=0.0).to(tl.float32)
+    if WEIGHT:
+        loud -= tl.load(mean + channel, mask=lane < taken, other=0.0)
+    loud *= inverse
     rounded = e4m3(loud, INTERPRETED)
     left_over = e4m3(loud - rounded.to(tl.float32), INTERPRETED)
     tl.store(result + columns + lane, left_over if WEIGHT else rounded)
@@ -149,7 +171,7 @@ def loud_channels(
     """[C] int64 ascending indices of the channels whose mean square over the rows that count is largest."""
     rows, columns = hidden.shape
     segment = max(1, ceil_div(rows, SUMMED_SEGMENTS))
-    sums = torch.empty(ceil_div(rows, segment), columns, device=hidden.device)
+    sums = torch.empty(ceil_div(rows, segment), columns, dtype=torch.float32, device=hidden.device)
     column_squares_kernel[(ceil_div(columns, SUMMED_COLUMNS), sums.shape[0])](
         hidden,
         hidden if counted is None else counted,
@@ -169,21 +191,22 @@ def loud_channels(
 def quantise_rows(
     matrix: torch.Tensor,  # [R, D]
     channels: torch.Tensor,  # [C]
-    values: torch.Tensor,  # [R, W], written
-    scales: torch.Tensor,  # [R], written
-    *,
-    weight: bool,
+    mean: torch.Tensor,  # [D]
+    operand: Rounded,
 ) -> None:
-    """An operand of the product, in the order of the weight or of the hidden states."""
+    """Fill an operand of the product, in the order of the weight, or of the hidden states where it has shifts."""
     rows, columns = matrix.shape
     if rows == 0:
         return
     size = min(WIDEST, triton.next_power_of_2(columns))
+    values, weight = operand.values, operand.shifts is None
     quantise_rows_kernel[(rows,)](
         matrix,
         channels,
+        mean,
         values,
-        scales,
+        operand.scales,
+        or_other(operand.shifts, operand.scales),
         matrix.stride(0),
         values.stride(0),
         columns,
@@ -200,10 +223,11 @@ def quantise_rows(
     )
 
 
-def new_operand(rows: int, hidden: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unwritten values [R, W] e4m3 and scales [R] fp32."""
+def new_operand(rows: int, hidden: int, device: torch.device, *, weight: bool) -> Rounded:
+    """Unwritten memory for that many rows of the weight or of the hidden states."""
     values = torch.empty(rows, operand_width(hidden), dtype=FORMAT, device=device)
-    return values, torch.empty(rows, device=device)
+    scales, shifts = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
+    return Rounded(values, scales, None if weight else shifts)
 
 
 class Rounding:
@@ -213,12 +237,13 @@ class Rounding:
         """For up to that many rows at a time; the weight is rounded at once."""
         self._channels = loud_channels(problem.hidden, problem.counted)
         weight, device = readable(problem.weight), problem.hidden.device
-        self._hidden = Rounded(*new_operand(rows, problem.shape.hidden, device))
-        self._weight = Rounded(*new_operand(problem.shape.vocabulary, problem.shape.hidden, device))
-        quantise_rows(weight, self._channels, self._weight.values, self._weight.scales, weight=True)
+        self._mean = averaged_rows(weight).mean(0, dtype=torch.float32)
+        self._hidden = new_operand(rows, problem.shape.hidden, device, weight=False)
+        self._weight = new_operand(problem.shape.vocabulary, problem.shape.hidden, device, weight=True)
+        quantise_rows(weight, self._channels, self._mean, self._weight)
 
     def operands(self, hidden: torch.Tensor) -> tuple[Rounded, Rounded]:
         """Rows [R, D] of the hidden states, and the weight; valid until the next call."""
-        rounded = Rounded(self._hidden.values[: hidden.shape[0]], self._hidden.scales[: hidden.shape[0]])
-        quantise_rows(hidden, self._channels, rounded.values, rounded.scales, weight=False)
+        rounded = self._hidden.rows(hidden.shape[0])
+        quantise_rows(hidden, self._channels, self._mean, rounded)
         return rounded, self._weight

@@ -16,15 +16,8 @@ import triton.language as tl
 
 from logitless.backends.contract import AffineCoefficients, Problem, Statistics, ceil_div
 from logitless.backends.triton import tiles
-from logitless.backends.triton.primitives import (
-    LARGEST_PLAIN_SUM,
-    LEAST_PLAIN_SUM,
-    LN2,
-    cap_derivative,
-    logits,
-    mask_columns,
-)
-from logitless.backends.triton.softmax_gradient import softmax_gradient
+from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative, logits, mask_columns
+from logitless.backends.triton.softmax_gradient import softmax_gradient, target_entry
 
 # Elements that a program takes at a time, at most and at least, and how many of them a thread has: four reads of 16
 # bytes in bf16, so that enough are on their way. Fewer elements than threads read at once would lie in several warps,
@@ -46,19 +39,19 @@ def row_logits(
     CAP: tl.constexpr,
     OVERHANG: tl.constexpr,
 ):
-    """[1, BLOCK] logits of a row from column ``first`` on, in units of log 2; -inf beyond the vocabulary.
+    """[1, BLOCK] logits of a row from column ``first`` on; -inf beyond the vocabulary.
 
     Without OVERHANG the block is known to lie within it: masks are a third of the instructions.
     """
     columns = first + tl.arange(0, BLOCK)[None, :]
     if OVERHANG:
         products = tl.load(place + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
-        y = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
-        y = mask_columns(y, first, vocabulary, -float("inf"))
+        z = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
+        z = mask_columns(z, first, vocabulary, -float("inf"))
     else:
         products = tl.load(place + columns).to(tl.float32)
-        y = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
-    return y
+        z = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
+    return z
 
 
 @triton.jit
@@ -72,28 +65,28 @@ def row_log_sum(
     BIAS: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """log2 of the sum of 2^y over a row: as a plain sum, and against the maximum where that is out of range."""
+    """Largest logit of a row, and log2 of its sum of exponentials relative to that, in one pass.
+
+    Sums of a block are against the largest logit so far, one number for the row, so that a logit costs one exponential.
+    """
+    seen = -float("inf")
     sums = tl.zeros((1, BLOCK), tl.float32)
     whole = vocabulary // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
-        sums += tl.exp2(row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, False))
+        z = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, False)
+        seen, sums = add_exponentials(z, seen, sums)  # pyright: ignore
     if whole < vocabulary:
-        sums += tl.exp2(row_logits(place, whole, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True))
-    total = tl.sum(sums)
-    result = tl.log2(total)
-    if not ((total > LEAST_PLAIN_SUM) & (total < LARGEST_PLAIN_SUM)):
-        peaks = tl.full((1, BLOCK), -float("inf"), tl.float32)
-        for first in range(0, vocabulary, BLOCK):
-            peaks = tl.maximum(
-                peaks, row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True)
-            )
-        peak = tl.max(peaks)
-        peak = tl.where(peak == -float("inf"), 0.0, peak)
-        sums = tl.zeros((1, BLOCK), tl.float32)
-        for first in range(0, vocabulary, BLOCK):
-            sums += tl.exp2(row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True) - peak)
-        result = peak + tl.log2(tl.sum(sums))
-    return result
+        z = row_logits(place, whole, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True)
+        seen, sums = add_exponentials(z, seen, sums)  # pyright: ignore
+    return tl.where(seen == -float("inf"), 0.0, seen), tl.log2(tl.sum(sums))
+
+
+@triton.jit
+def add_exponentials(z, seen, sums):
+    """The largest logit with those of another block, and [1, BLOCK] sums with their exponentials, relative to it."""
+    larger = tl.maximum(seen, tl.max(z))
+    reference = tl.where(larger == -float("inf"), 0.0, larger)
+    return larger, sums * tl.exp2((seen - reference) * LOG2E) + tl.exp2((z - reference) * LOG2E)
 
 
 @triton.jit
@@ -102,6 +95,7 @@ def row_smooth_sum(
     bias,
     smoothing,
     uniform,
+    peak,
     vocabulary,
     scale,
     softcap,
@@ -110,17 +104,17 @@ def row_smooth_sum(
     CAP: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Sum of a row's logits weighted by the smoothing."""
+    """Sum of a row's logits less its peak, weighted by the smoothing."""
     sums = tl.zeros((1, BLOCK), tl.float32)
     for first in range(0, vocabulary, BLOCK):
-        y = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True)
-        y = mask_columns(y, first, vocabulary, 0.0)
+        z = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True)
+        below = mask_columns(z - peak, first, vocabulary, 0.0)
         if VECTOR:
             columns = first + tl.arange(0, BLOCK)[None, :]
-            sums += y * tl.load(smoothing + columns, mask=columns < vocabulary, other=0.0)
+            sums += below * tl.load(smoothing + columns, mask=columns < vocabulary, other=0.0)
         else:
-            sums += y * uniform
-    return tl.sum(sums) * LN2
+            sums += below * uniform
+    return tl.sum(sums)
 
 
 @triton.jit
@@ -129,7 +123,8 @@ def overwrite(
     first,
     bias,
     smoothing,
-    lse,
+    peak,
+    log_sum,
     factor,
     smooth,
     uniform_smoothing,
@@ -144,11 +139,12 @@ def overwrite(
     OVERHANG: tl.constexpr,
 ):
     """The products of a block of columns become the gradient of their logits, without the one-hot."""
-    y = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, OVERHANG)
-    p = tl.exp2(y - lse)
+    z = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, OVERHANG)
+    below = z - peak
     dz = softmax_gradient(
-        p,
-        y,
+        tl.exp2(below * LOG2E - log_sum),
+        below,
+        z,
         factor,
         factor,
         smooth,
@@ -181,7 +177,8 @@ def row_kernel(
     slope,
     c,
     d,
-    logsumexp,  # [N] fp32, written, as the next two
+    peak_out,  # [N] fp32, written, as the next three
+    log_sum_out,
     target_logit,
     smooth_logit,
     stride,
@@ -212,23 +209,37 @@ def row_kernel(
         if MASKED:
             counts = tl.load(counted + here) != 0
         if counts:
-            lse = row_log_sum(place, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP)
+            peak, log_sum = row_log_sum(  # pyright: ignore
+                place, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP
+            )  # fmt: skip
             t = tl.load(target + here).to(tl.int32)
             at_target = row_logits(place, t, bias, vocabulary, scale, softcap, 1, BIAS, SOFTCAP, False)
-            tl.store(logsumexp + here, lse * LN2)
-            tl.store(target_logit + here + tl.zeros((1, 1), tl.int32), at_target * LN2)
+            tl.store(peak_out + here, peak)
+            tl.store(log_sum_out + here, log_sum * LN2)
+            tl.store(target_logit + here + tl.zeros((1, 1), tl.int32), at_target)
             factor = tl.load(a + here)
             if SLOPE:
-                factor += tl.load(slope + here) * (lse * LN2)
+                factor += tl.load(slope + here) * (peak + log_sum * LN2)
             factor += tl.zeros((1,), tl.float32)
             smooth = tl.zeros((1,), tl.float32)
             if SMOOTH:
                 smooth += tl.load(d + here)
                 total = row_smooth_sum(
-                    place, bias, smoothing, uniform_smoothing, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP, VECTOR
+                    place,
+                    bias,
+                    smoothing,
+                    uniform_smoothing,
+                    peak,
+                    vocabulary,
+                    scale,
+                    softcap,
+                    BLOCK,
+                    BIAS,
+                    SOFTCAP,
+                    VECTOR,
                 )
                 tl.store(smooth_logit + here, total)
-            entry = tl.exp2(at_target - lse) * factor[:, None] - tl.load(c + here)
+            entry = target_entry((at_target - peak) - log_sum * LN2, factor[:, None], tl.load(c + here))
             if SMOOTH:
                 weight = uniform_smoothing
                 if VECTOR:
@@ -244,7 +255,8 @@ def row_kernel(
                     whole,
                     bias,
                     smoothing,
-                    lse,
+                    peak,
+                    log_sum,
                     factor,
                     smooth,
                     uniform_smoothing,
@@ -265,7 +277,8 @@ def row_kernel(
                     first,
                     bias,
                     smoothing,
-                    lse,
+                    peak,
+                    log_sum,
                     factor,
                     smooth,
                     uniform_smoothing,
@@ -282,7 +295,8 @@ def row_kernel(
             tl.debug_barrier()  # the target's entry comes last
             tl.store(place + t + tl.zeros((1, 1), tl.int32), entry.to(products.dtype.element_ty))
         else:
-            tl.store(logsumexp + here, 0.0)
+            tl.store(peak_out + here, 0.0)
+            tl.store(log_sum_out + here, 0.0)
             tl.store(target_logit + here, 0.0)
             if SMOOTH:
                 tl.store(smooth_logit + here, 0.0)
@@ -348,7 +362,8 @@ def gradient_in_place(
         absent if ahead.slope is None else ahead.slope,
         ahead.c,
         absent if ahead.d is None else ahead.d,
-        statistics.logsumexp,
+        statistics.peak,
+        statistics.log_sum,
         statistics.target_logit,
         absent if statistics.smooth_logit is None else statistics.smooth_logit,
         products.stride(0),

@@ -18,7 +18,7 @@ from logitless.backends.contract import Coefficients, Gradients, Problem, Schedu
 from logitless.backends.triton import tiles
 from logitless.backends.triton.correction import correct_kernel, kept_gradient_kernel, pair_sums_kernel, row_dots_kernel
 from logitless.backends.triton.dense import Scratch, new_statistics, scan_rows, slices, write_ranks
-from logitless.backends.triton.launch import Launcher, described, fp32_precision, or_other, readable
+from logitless.backends.triton.launch import Launcher, described, input_precision, or_other, readable
 from logitless.backends.triton.pairs import (
     list_tiles_kernel,
     pair_gradient_kernel,
@@ -65,7 +65,8 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         whole = statistics
         if problem.merge is not None:
             assert rows.stop - rows.start == shape.tokens, "a shard's rows are merged at once"
-            whole = replace(statistics, logsumexp=problem.merge(statistics, rows)().logsumexp)
+            merged = problem.merge(statistics, rows)()
+            whole = replace(statistics, peak=merged.peak, log_sum=merged.log_sum)
         selection.add(scratch.tables, rows.start, rows.stop - rows.start, whole)
     write_ranks(launcher, scratch, statistics)
     del scratch, rounding
@@ -112,7 +113,7 @@ class _Grouped:
         )
         self._processors = tiles.processors(index)
         self._blocks = block_count(self._shape.vocabulary)
-        self._precision = fp32_precision()
+        self._precision = input_precision(dtype)
         count = most_tiles(self._shape, self._pairs.shape[0], self._tile.rows)
         self._tile_starts = torch.empty_like(self._starts)
         self._tile_blocks = self._empty(count, dtype=torch.int32)
@@ -129,13 +130,13 @@ class _Grouped:
     def correct(self, statistics: Statistics, kept: Kept) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Correct the statistics of a scan in eight bits, in place.
 
-        Returns [P] the pairs' weights, [P, BLOCK] their probabilities, less 1 at the target, under the log-sum-exp
-        before it was corrected, and that [N].
+        Returns [P] the pairs' weights, [P, BLOCK] their probabilities, less 1 at the target, under the log-sum before
+        it was corrected, and that [N].
         """
         problem, head, (rows, slots) = self._problem, self._problem.head, kept.blocks.shape
         sums, weights = self._empty(rows, slots), self._empty(self._pairs.shape[0])
         excess = self._empty(self._pairs.shape[0], BLOCK, dtype=self._shape.compute_dtype)
-        scanned = statistics.logsumexp.clone()
+        scanned = statistics.log_sum.clone()
         programs, size = GRADIENT_PROGRAMS * self._processors, triton.next_power_of_2(slots)
         pair_sums_kernel[(programs,)](
             self._hidden,
@@ -151,7 +152,8 @@ class _Grouped:
             excess,
             sums if problem.bias is None else problem.bias.contiguous(),
             problem.target,
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             statistics.target_logit,
             self._hidden.stride(0),
             self._shape.hidden,
@@ -172,18 +174,18 @@ class _Grouped:
             num_stages=self._tile.stages,
         )
         correct_kernel[(ceil_div(rows, CORRECTED_ROWS),)](
-            kept.blocks, kept.shares, kept.weights, sums, statistics.logsumexp, rows, slots,
+            kept.blocks, kept.shares, kept.weights, sums, statistics.log_sum, rows, slots,
             ROWS=CORRECTED_ROWS, SLOTS=size, num_warps=4,
         )  # fmt: skip
         if statistics.smooth_logit is not None:
-            self._smooth_logits(statistics.smooth_logit)
+            self._smooth_logits(statistics.smooth_logit, statistics.peak)
         return weights, excess, scanned
 
-    def _smooth_logits(self, result: torch.Tensor) -> None:
-        """[N] sums of the logits weighted by the smoothing: one vector product."""
+    def _smooth_logits(self, result: torch.Tensor, peak: torch.Tensor) -> None:
+        """[N] sums of the logits less the peak, weighted by the smoothing: one vector product."""
         problem, smoothing = self._problem, self._problem.smoothing
         assert smoothing is not None
-        offset = torch.zeros(1, device=self._device)
+        offset = torch.zeros(1, dtype=torch.float32, device=self._device)
         if problem.bias is not None:
             offset = (problem.bias.float() * smoothing).sum()
         counted = problem.counted
@@ -202,6 +204,8 @@ class _Grouped:
             MASKED=counted is not None,
             num_warps=4,
         )
+        mass = smoothing.sum() if isinstance(smoothing, torch.Tensor) else smoothing * self._shape.vocabulary
+        result.sub_(peak * mass)
 
     def kept_gradient(
         self,
@@ -224,7 +228,8 @@ class _Grouped:
             gradient,
             self._problem.target,
             scanned,
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             statistics.target_logit,
             c.a,
             c.c,
@@ -257,7 +262,8 @@ class _Grouped:
             or_other(self._vector, c.a),
             or_other(shares, c.a),
             problem.target,
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             c.a,
             or_other(c.b, c.a),
             c.c,
@@ -340,7 +346,7 @@ class _Grouped:
     ) -> torch.Tensor:
         """[N, D] fp32 gradient of the hidden states."""
         shape, scale, tile = self._shape, self._problem.head.logit_scale, self._hidden_tile
-        result = torch.zeros(shape.tokens, shape.hidden, device=self._device)
+        result = torch.zeros(shape.tokens, shape.hidden, dtype=torch.float32, device=self._device)
         in_order = torch.are_deterministic_algorithms_enabled()
         width = OWNED if in_order else tile.columns
         operands = (

@@ -2,7 +2,7 @@
 
 For row i and block b of BLOCK vocabulary entries, from the table of block sums:
 
-    m_ib  = 2^(block[b, i] - lse_i)                      softmax mass
+    m_ib  = e^(peak[b, i] - peak_i) 2^(log_sum[b, i] - log_sum_i)   softmax mass
     pi_ib = min(1, m_ib / threshold)                     probability of being kept
     S_ib  = offset_i + sum_{b' <= b} pi_ib'              kept if S_ib passes an integer within the block
 
@@ -25,7 +25,7 @@ import triton.language as tl
 
 from logitless.backends.contract import Problem, Shape, Statistics, TensorForm, ceil_div
 from logitless.backends.triton.launch import Tables, or_other
-from logitless.backends.triton.primitives import LOG2E
+from logitless.backends.triton.primitives import LOG2E, log2_share
 from logitless.backends.triton.rows import RowOrder
 from logitless.options import BLOCK
 from logitless.sampling import SMOOTHING_SHARE, block_count, block_shares, kept_pairs_bound, most_sampled
@@ -57,10 +57,12 @@ def population(word):
 
 @triton.jit
 def inclusion(
-    table,
+    peaks,
+    log_sums,
     shares,
     table_stride,
-    lse,
+    peak,
+    log_sum,
     row,
     counts,
     first,
@@ -73,7 +75,9 @@ def inclusion(
     block = first + tl.arange(0, BLOCKS)
     inside = (block < blocks)[:, None] & counts[None, :]
     entry = block.to(tl.int64)[:, None] * table_stride + row[None, :]
-    mass = tl.exp2(tl.load(table + entry, mask=inside, other=-float("inf")) - lse[None, :])
+    block_peak = tl.load(peaks + entry, mask=inside, other=0.0)
+    block_sum = tl.load(log_sums + entry, mask=inside, other=-float("inf"))
+    mass = tl.exp2(log2_share(block_peak, block_sum, peak[None, :], log_sum[None, :]))
     share = 0.0
     if MIXED:
         share = tl.load(shares + block, mask=block < blocks, other=0.0)[:, None]
@@ -82,9 +86,11 @@ def inclusion(
 
 @triton.jit
 def sum_steps_kernel(
-    table,  # [B, table_stride] fp32, log2 of the blocks' sums, for rows in packed order
+    peaks,  # [B, table_stride] fp32 of the blocks, for rows in packed order
+    log_sums,  # [B, table_stride] fp32, log2 of the blocks' sums relative to their peaks
     shares,  # [B] fp32 where MIXED
-    logsumexp,  # [N] fp32, at the caller's places
+    peak,  # [N] fp32, at the caller's places, as log_sum
+    log_sum,
     order,  # [N] int32
     count,  # [1] int32
     step_sums,  # [S, rows] int64, written
@@ -105,21 +111,36 @@ def sum_steps_kernel(
     place = first_row + row
     counts = (row < rows) & (place < tl.load(count))
     origin = tl.load(order + place, mask=counts, other=0)
-    lse = tl.load(logsumexp + origin, mask=counts, other=0.0) * LOG2E
+    row_peak = tl.load(peak + origin, mask=counts, other=0.0)
+    row_log_sum = tl.load(log_sum + origin, mask=counts, other=0.0) * LOG2E
     first = tl.program_id(1) * BLOCKS
     _, pi = inclusion(  # pyright: ignore
-        table, shares, table_stride, lse, row, counts, first, blocks, inverse_threshold, BLOCKS, MIXED
-    )  # fmt: skip
+        peaks,
+        log_sums,
+        shares,
+        table_stride,
+        row_peak,
+        row_log_sum,
+        row,
+        counts,
+        first,
+        blocks,
+        inverse_threshold,
+        BLOCKS,
+        MIXED,
+    )
     step = (pi * ONE).to(tl.int64)
     tl.store(step_sums + tl.program_id(1).to(tl.int64) * rows + row, tl.sum(step, 0), mask=row < rows)
 
 
 @triton.jit
 def select_kernel(
-    table,  # [B, table_stride] fp32, log2 of the blocks' sums, for rows in packed order
+    peaks,  # [B, table_stride] fp32 of the blocks, for rows in packed order
+    log_sums,  # [B, table_stride] fp32, log2 of the blocks' sums relative to their peaks
     shares,  # [B] fp32 where MIXED
     step_sums,  # [S, rows] int64
-    logsumexp,  # [N] fp32, at the caller's places, as offsets
+    peak,  # [N] fp32, at the caller's places, as log_sum and offsets
+    log_sum,
     offsets,  # [N] fp64
     order,  # [N] int32
     target,  # [N] int32, packed
@@ -151,7 +172,8 @@ def select_kernel(
     place = first_row + row
     counts = (row < rows) & (place < tl.load(count))
     origin = tl.load(order + place, mask=counts, other=0)
-    lse = tl.load(logsumexp + origin, mask=counts, other=0.0) * LOG2E
+    row_peak = tl.load(peak + origin, mask=counts, other=0.0)
+    row_log_sum = tl.load(log_sum + origin, mask=counts, other=0.0) * LOG2E
     own_block = tl.load(target + place, mask=counts, other=0) // BLOCK
     passed = (tl.load(offsets + origin, mask=counts, other=0.0) * ONE).to(tl.int64)
     segment = tl.program_id(1)
@@ -163,8 +185,20 @@ def select_kernel(
 
     first = segment * BLOCKS
     mass, pi = inclusion(  # pyright: ignore
-        table, shares, table_stride, lse, row, counts, first, blocks, inverse_threshold, BLOCKS, MIXED
-    )  # fmt: skip
+        peaks,
+        log_sums,
+        shares,
+        table_stride,
+        row_peak,
+        row_log_sum,
+        row,
+        counts,
+        first,
+        blocks,
+        inverse_threshold,
+        BLOCKS,
+        MIXED,
+    )
     step = (pi * ONE).to(tl.int64)
     after = passed[None, :] + tl.cumsum(step, 0)
     kept = (after >> SHIFT > (after - step) >> SHIFT) & (after >> SHIFT <= most)
@@ -335,8 +369,8 @@ class Kept:
         size = (shape.tokens, slots(shape))
         return cls(
             blocks=torch.full(size, -1, dtype=torch.int32, device=device),
-            shares=torch.empty(size, device=device),
-            weights=torch.empty(size, device=device),
+            shares=torch.empty(size, dtype=torch.float32, device=device),
+            weights=torch.empty(size, dtype=torch.float32, device=device),
         )
 
 
@@ -369,12 +403,14 @@ class Selection:
             return
         segments = ceil_div(self._blocks, SELECTED_BLOCKS)
         sums = torch.empty(segments, rows, dtype=torch.int64, device=self._bits.device)
-        table, shares, stride = tables.log_sum, or_other(self._shares, tables.log_sum), tables.log_sum.stride(0)
+        shares, stride = or_other(self._shares, tables.log_sum), tables.log_sum.stride(0)
         where, kept = (stride, first_row, rows, self._blocks, 1 / threshold), self.kept
         sum_steps_kernel[(ceil_div(rows, SUMMED_ROWS), segments)](
-            table,
+            tables.peak,
+            tables.log_sum,
             shares,
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             self._rows.order,
             self._rows.count,
             sums,
@@ -385,17 +421,19 @@ class Selection:
             num_warps=4,
         )
         select_kernel[(ceil_div(rows, GROUP), segments)](
-            table,
+            tables.peak,
+            tables.log_sum,
             shares,
             sums,
-            statistics.logsumexp,
+            statistics.peak,
+            statistics.log_sum,
             offsets,
             self._rows.order,
             self._rows.target,
             self._rows.count,
             self._bits,
             self._own,
-            *((self._bits, table, table) if kept is None else (kept.blocks, kept.shares, kept.weights)),
+            *((self._bits, shares, shares) if kept is None else (kept.blocks, kept.shares, kept.weights)),
             *where,
             most_sampled(problem.shape.vocabulary, threshold),
             GROUP=GROUP,

@@ -1,8 +1,8 @@
 """The gradient of the logits, in the place of what the forward pass left of them.
 
-With p the softmax, k the derivative of the cap and s the smoothing,
+With p the softmax, z0 the rows' peaks, k the derivative of the cap and s the smoothing,
 
-    dz_iv = (p_iv (a_i + b_i z_iv) - c_i [v = target_i] - d_i s_v) k_iv
+    dz_iv = (p_iv (a_i + b_i (z_iv - z0_i)) - c_i [v = target_i] - d_i s_v) k_iv
 
 but for the scale, which the products that follow apply to their fp32 results. The target's entry is written by a
 kernel of its own, from the row's fp32 statistics: the one-hot is subtracted before any rounding, and no other entry
@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 
 from logitless.backends.contract import ceil_div
-from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative
+from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative, expm1, log2_share
 
 
 @triton.jit
 def softmax_gradient(
     p,
-    y,
+    below,
+    z,
     a,
     b,
     d,
@@ -39,9 +40,12 @@ def softmax_gradient(
     SMOOTH_VECTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """[R, U] gradient of the logits without the one-hot, from probabilities and, where needed, logits ``y``."""
+    """[R, U] gradient of the logits without the one-hot.
+
+    It is made of probabilities, where B of the logits less the row's peak, and where SOFTCAP of the logits.
+    """
     if B:  # noqa: SIM108
-        gradient = tl.where(p > 0, p * (a[:, None] + b[:, None] * (y * LN2)), 0.0)
+        gradient = tl.where(p == 0, 0.0, p * (a[:, None] + b[:, None] * below))
     else:
         gradient = p * a[:, None]
     if SMOOTH:
@@ -52,17 +56,25 @@ def softmax_gradient(
         else:
             gradient -= (d * uniform_smoothing)[:, None]
     if SOFTCAP:
-        gradient *= cap_derivative(y, softcap)
+        gradient *= cap_derivative(z, softcap)
     return gradient
+
+
+@triton.jit
+def target_entry(log_p, a, c):
+    """``a p - c``, formed as ``(a - c) p + c (p - 1)``: of a near c and p near 1 the first would cancel."""
+    return (a - c) * tl.exp2(log_p * LOG2E) + c * expm1(log_p)
 
 
 @triton.jit
 def stored_gradient_kernel(
     softmax,  # [N, softmax_stride] softmax within each tile
     gradient,  # [N, gradient_stride] written; may be the same memory
-    table,  # [T, table_stride] fp32 log2-sum-exp of each tile of BLOCK columns
-    logsumexp,  # [N] fp32
-    a,  # [N] fp32, as b and d, at the caller's places
+    peaks,  # [T, table_stride] fp32 of each tile of BLOCK columns
+    log_sums,  # [T, table_stride] fp32
+    peak,  # [N] fp32, as log_sum, a, b and d, at the caller's places
+    log_sum,
+    a,
     b,
     d,
     smoothing,  # [V] where SMOOTH_VECTOR
@@ -86,8 +98,8 @@ def stored_gradient_kernel(
 ):
     """Gradient of the logits from the softmax within tiles: one read, one write, no exponential per entry.
 
-    p = tile's softmax * 2^(tile's log-sum-exp - row's); where a logit is needed it is log2 of the tile's softmax plus
-    the tile's log-sum-exp. Rows that do not count become zero. Grid: tiles of ROWS x BLOCK, rows first.
+    p = tile's softmax * the tile's share of the row; where a logit is needed it follows from the logarithm of the
+    tile's softmax. Rows that do not count become zero. Grid: tiles of ROWS x BLOCK, rows first.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = first_column // BLOCK + tl.program_id(1)
@@ -95,16 +107,22 @@ def stored_gradient_kernel(
     inside = row < rows_here
     counts = inside & (first_row + row < tl.load(count))
     origin = tl.load(order + first_row + row, mask=inside, other=0)
-    lse = tl.load(logsumexp + origin, mask=counts, other=0.0) * LOG2E
-    own = tl.load(table + tile.to(tl.int64) * table_stride + row, mask=counts, other=0.0)
+    row_peak = tl.load(peak + origin, mask=counts, other=0.0)
+    row_log_sum = tl.load(log_sum + origin, mask=counts, other=0.0) * LOG2E
+    entry = tile.to(tl.int64) * table_stride + row
+    tile_peak = tl.load(peaks + entry, mask=counts, other=0.0)
+    tile_log_sum = tl.load(log_sums + entry, mask=counts, other=0.0)
     place = softmax + row.to(tl.int64)[:, None] * softmax_stride + column[None, :]
     exists = (first_column + column < vocabulary)[None, :]
     share = tl.load(place, mask=counts[:, None] & exists, other=0.0).to(tl.float32)
-    y = share
+    below = share
+    z = share
     if B | SOFTCAP:
-        y = tl.where(share > 0, tl.log2(share) + own[:, None], -float("inf"))
+        log2_in_tile = tl.where(share == 0, -float("inf"), tl.log2(share))
+        below = (log2_in_tile + tile_log_sum[:, None]) * LN2 + (tile_peak - row_peak)[:, None]
     if SOFTCAP:  # what underflowed in the tile is no lower than the cap
-        y = tl.maximum(y, -softcap * LOG2E)
+        z = below + row_peak[:, None]
+        z = tl.where(z < -softcap, -softcap, z)
     coefficient_a = tl.load(a + origin, mask=counts, other=0.0)
     coefficient_b = coefficient_a
     coefficient_d = coefficient_a
@@ -113,8 +131,9 @@ def stored_gradient_kernel(
     if SMOOTH:
         coefficient_d = tl.load(d + origin, mask=counts, other=0.0)
     dz = softmax_gradient(
-        share * tl.exp2(own - lse)[:, None],
-        y,
+        share * tl.exp2(log2_share(tile_peak, tile_log_sum, row_peak, row_log_sum))[:, None],
+        below,
+        z,
         coefficient_a,
         coefficient_b,
         coefficient_d,
@@ -138,7 +157,8 @@ def target_entries_kernel(
     gradient,  # [N, stride] of a window; the targets' entries are written
     target,  # [N] int32 in packed order
     target_logit,  # [N] fp32 at the caller's places, as all that follow
-    logsumexp,
+    peak,
+    log_sum,
     a,
     b,
     c,
@@ -166,19 +186,20 @@ def target_entries_kernel(
     here = inside & (t >= first_column) & (t < end_column)
     origin = tl.load(order + first_row + row, mask=here, other=0)
     z = tl.load(target_logit + origin, mask=here, other=0.0)
-    lse = tl.load(logsumexp + origin, mask=here, other=0.0)
+    below = z - tl.load(peak + origin, mask=here, other=0.0)
+    log_p = below - tl.load(log_sum + origin, mask=here, other=0.0)
     factor = tl.load(a + origin, mask=here, other=0.0)
-    p = tl.exp2((z - lse) * LOG2E)
+    entry = target_entry(log_p, factor, tl.load(c + origin, mask=here, other=0.0))
     if B:
-        factor += tl.load(b + origin, mask=here, other=0.0) * tl.maximum(z, -1e30)
-    entry = p * factor - tl.load(c + origin, mask=here, other=0.0)
+        p = tl.exp2(log_p * LOG2E)
+        entry += tl.where(p == 0, 0.0, tl.load(b + origin, mask=here, other=0.0) * (p * below))
     if SMOOTH:
         weight = uniform_smoothing
         if SMOOTH_VECTOR:
             weight = tl.load(smoothing + t, mask=here, other=0.0)
         entry -= tl.load(d + origin, mask=here, other=0.0) * weight
     if SOFTCAP:
-        entry *= cap_derivative(z * LOG2E, softcap)
+        entry *= cap_derivative(z, softcap)
     place = gradient + row.to(tl.int64) * stride + (t - first_column)
     tl.store(place, entry.to(gradient.dtype.element_ty), mask=here)
 

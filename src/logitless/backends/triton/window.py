@@ -16,7 +16,8 @@ def window_gradient_kernel(
     gradient,  # descriptor of [N, window], boxes [BM, BN]
     bias,  # [V] where BIAS
     smoothing,  # [V] where SMOOTH_VECTOR
-    logsumexp,  # [N] fp32, as a, b and d at the caller's places
+    peak,  # [N] fp32, as log_sum, a, b and d at the caller's places
+    log_sum,
     a,
     b,
     d,
@@ -60,7 +61,8 @@ def window_gradient_kernel(
         rows = row + tl.arange(0, BM)
         valid = rows < rows_here
         origin = tl.load(order + rows, mask=valid, other=0)
-        lse = tl.load(logsumexp + origin, mask=valid, other=0.0) * LOG2E
+        row_peak = tl.load(peak + origin, mask=valid, other=0.0)
+        row_log_sum = tl.load(log_sum + origin, mask=valid, other=0.0) * LOG2E
         coefficient_a = tl.load(a + origin, mask=valid, other=0.0)
         coefficient_b = coefficient_a
         coefficient_d = coefficient_a
@@ -68,10 +70,12 @@ def window_gradient_kernel(
             coefficient_b = tl.load(b + origin, mask=valid, other=0.0)
         if SMOOTH:
             coefficient_d = tl.load(d + origin, mask=valid, other=0.0)
-        y = logits(products, bias, column, end_column, scale, softcap, BIAS, SOFTCAP)
+        z = logits(products, bias, column, end_column, scale, softcap, BIAS, SOFTCAP)
+        below = z - row_peak[:, None]
         dz = softmax_gradient(
-            tl.exp2(y - lse[:, None]),
-            y,
+            tl.exp2(below * LOG2E - row_log_sum[:, None]),
+            below,
+            z,
             coefficient_a,
             coefficient_b,
             coefficient_d,
