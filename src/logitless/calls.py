@@ -93,24 +93,27 @@ class Operands:
     Attributes:
         hidden: [..., D], or [..., D + R].
         weight: [V, D], or [V, D + R].
+        compute_dtype: dtype in which they enter the products, decided once: ranks agree on it before they begin.
         appended: [V, R] the last columns of ``weight``, where these alone have a gradient; else None.
     """
 
     hidden: torch.Tensor
     weight: torch.Tensor
+    compute_dtype: torch.dtype
     appended: torch.Tensor | None = None
 
     @classmethod
     def of(cls, input: torch.Tensor, linear_weight: torch.Tensor, adapter: Adapter | None) -> Operands:
+        dtype = compute_dtype(input, linear_weight)
         if adapter is None:
-            return cls(input, linear_weight)
+            return cls(input, linear_weight, dtype)
         low, appended = adapter
         with torch.autocast(input.device.type, enabled=False):  # it takes over torch.cat, and knows one narrow dtype
             hidden = torch.cat((input, low.to(input.dtype)), -1)
             if linear_weight.requires_grad or not appended.requires_grad or torch.compiler.is_compiling():
-                return cls(hidden, torch.cat((linear_weight, appended.to(linear_weight.dtype)), 1))
+                return cls(hidden, torch.cat((linear_weight, appended.to(linear_weight.dtype)), 1), dtype)
             columns = appended.detach().to(linear_weight.dtype)
-            return cls(hidden, torch.cat((linear_weight, columns), 1), appended)
+            return cls(hidden, torch.cat((linear_weight, columns), 1), dtype, appended)
 
     @property
     def trained(self) -> torch.Tensor:
@@ -176,7 +179,8 @@ def meet(
             "dtype of input": str(input.dtype),
             "dtype of linear_weight": str(linear_weight.dtype),
             **{f"dtype of {name}": None if tensor is None else str(tensor.dtype) for name, tensor in others.items()},
-            "compute dtype": str(compute_dtype(operands.hidden, operands.weight)),
+            "autocast": _autocast_dtype(input.device),
+            "compute dtype": str(operands.compute_dtype),
             "gradients of input, linear_weight, linear_bias": list(_wanted(operands, linear_bias)),
             "adapter alone trained": operands.appended is not None,
             "softcap": call.head.softcap,
@@ -203,6 +207,11 @@ def meet(
         sizes=sizes,
         rows=rows if given.sequence_parallel else None,
     )
+
+
+def _autocast_dtype(device: torch.device) -> str | None:
+    """Of autocast on a device, None where it is off."""
+    return str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None
 
 
 def _checksum(target: torch.Tensor) -> int | None:
@@ -236,7 +245,7 @@ def evaluate(
     wants = _wanted(operands, linear_bias)
     main_grad = options.main_grad if wants[1] else None
     sampled, head = options.sampled, options.head
-    dtype = compute_dtype(hidden, weight)
+    dtype = operands.compute_dtype
     offsets = None
     if sampled is not None and any(wants):
         offsets = _offsets(tokens.target.shape[0], hidden.device, sampled.generator)
