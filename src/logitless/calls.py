@@ -283,7 +283,7 @@ def evaluate(
         sharded=layout is not None,
         frozen_columns=weight.shape[1] - trained.shape[1],
     )
-    plan = _plan(shape, objective.scalar, options, layout)
+    plan, gathers_again = _plan(shape, objective.scalar, options, layout)
     call = operators.Call(
         shape=shape,
         plan=plan,
@@ -297,31 +297,39 @@ def evaluate(
         offsets=offsets,
         shard=shard,
         appended=None if operands.appended is None else trained.dtype,
-        gathers_again=layout is not None and _gathers_again(shape, plan, layout, options.workspace),
+        gathers_again=gathers_again,
     )
     return operators.apply(hidden, weight, linear_bias, target, call, operands.appended)
 
 
-def _gathers_again(shape: Shape, plan: planning.Plan, layout: sharding.Layout, workspace: int | None) -> bool:
-    """Whether the hidden states of all ranks do not fit the workspace beside what the plan holds."""
-    if layout.rows is None or workspace is None:
-        return False
-    return plan.workspace + sum(layout.rows) * shape.hidden * shape.hidden_dtype.itemsize > workspace
+def _plan(
+    shape: Shape, scalar: bool, options: CallOptions, layout: sharding.Layout | None
+) -> tuple[planning.Plan, bool]:
+    """The plan of a call, and whether hidden states that are sharded are gathered anew for the backward pass.
 
-
-def _plan(shape: Shape, scalar: bool, options: CallOptions, layout: sharding.Layout | None) -> planning.Plan:
-    """The plan of a call; of a shard's, all ranks learn if one cannot keep to the workspace that was asked for."""
+    Of a shard's, all ranks learn if one cannot keep to the workspace that was asked for, or has no room for the hidden
+    states of all: a collective is called by all of them.
+    """
     if layout is None:
         name = planning.choose_backend(options.backend, shape)
-        return planning.choose(shape, name, scalar, options.workspace, schedules.forced())
+        return planning.choose(shape, name, scalar, options.workspace, schedules.forced()), False
     bounded = options.workspace is not None or schedules.forced() is not None or options.backend != "auto"
     with sharding.meeting(layout.group if bounded else None) as meeting:
         name = planning.choose_backend(options.backend, shape)
         widest = max(layout.sizes)
         plan = planning.choose_shard(shape, widest, name, scalar, options.workspace, schedules.forced())
-        if meeting is not None:
-            meeting.meet({})
-    return plan
+        if meeting is None:
+            return plan, False
+        no_room = _no_room(shape, plan, layout, options.workspace)
+        everyone = meeting.meet({"has no room for all rows": no_room})
+    return plan, any(theirs["has no room for all rows"] for theirs in everyone)
+
+
+def _no_room(shape: Shape, plan: planning.Plan, layout: sharding.Layout, workspace: int | None) -> bool:
+    """Whether the hidden states of all ranks do not fit the workspace beside what the plan holds."""
+    if layout.rows is None or workspace is None:
+        return False
+    return plan.workspace + sum(layout.rows) * shape.hidden * shape.hidden_dtype.itemsize > workspace
 
 
 def _offsets(tokens: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
