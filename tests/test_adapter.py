@@ -111,6 +111,21 @@ def test_adapter_without_a_gradient(implementation):
     loss_baseline(problem).check(loss_and_gradients(by(implementation, frozen_loss), problem))
 
 
+@pytest.mark.parametrize("implementation", TORCH, ids=str)
+@each_dtype
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(implementation, dtype, autocast):
+    """Both weights side by side, whatever their dtype is to autocast's."""
+
+    def under_autocast(*args, **options):
+        with torch.autocast("cpu", autocast):
+            return frozen_loss(*args, **options)
+
+    problem = replace(BUSY, dtype=dtype).problem()
+    results = loss_and_gradients(by(implementation, under_autocast), problem)
+    without_base(loss_baseline(problem, torch.autocast("cpu", autocast))).check(results)
+
+
 @pytest.mark.parametrize("gradient", ["exact", logitless.Sampled()], ids=str)
 def test_no_gradient_of_the_base_is_formed(gradient):
     """No tensor of the weight's size is allocated in the backward pass: the copy of both weights is the forward's."""

@@ -93,24 +93,27 @@ class Operands:
     Attributes:
         hidden: [..., D], or [..., D + R].
         weight: [V, D], or [V, D + R].
+        compute_dtype: dtype in which they enter the products, decided once: ranks agree on it before they begin.
         appended: [V, R] the last columns of ``weight``, where these alone have a gradient; else None.
     """
 
     hidden: torch.Tensor
     weight: torch.Tensor
+    compute_dtype: torch.dtype
     appended: torch.Tensor | None = None
 
     @classmethod
     def of(cls, input: torch.Tensor, linear_weight: torch.Tensor, adapter: Adapter | None) -> Operands:
+        dtype = compute_dtype(input, linear_weight)
         if adapter is None:
-            return cls(input, linear_weight)
+            return cls(input, linear_weight, dtype)
         low, appended = adapter
         with torch.autocast(input.device.type, enabled=False):  # it takes over torch.cat, and knows one narrow dtype
             hidden = torch.cat((input, low.to(input.dtype)), -1)
             if linear_weight.requires_grad or not appended.requires_grad or torch.compiler.is_compiling():
-                return cls(hidden, torch.cat((linear_weight, appended.to(linear_weight.dtype)), 1))
+                return cls(hidden, torch.cat((linear_weight, appended.to(linear_weight.dtype)), 1), dtype)
             columns = appended.detach().to(linear_weight.dtype)
-            return cls(hidden, torch.cat((linear_weight, columns), 1), appended)
+            return cls(hidden, torch.cat((linear_weight, columns), 1), dtype, appended)
 
     @property
     def trained(self) -> torch.Tensor:
@@ -176,7 +179,8 @@ def meet(
             "dtype of input": str(input.dtype),
             "dtype of linear_weight": str(linear_weight.dtype),
             **{f"dtype of {name}": None if tensor is None else str(tensor.dtype) for name, tensor in others.items()},
-            "compute dtype": str(compute_dtype(operands.hidden, operands.weight)),
+            "autocast": _autocast_dtype(input.device),
+            "compute dtype": str(operands.compute_dtype),
             "gradients of input, linear_weight, linear_bias": list(_wanted(operands, linear_bias)),
             "adapter alone trained": operands.appended is not None,
             "softcap": call.head.softcap,
@@ -203,6 +207,11 @@ def meet(
         sizes=sizes,
         rows=rows if given.sequence_parallel else None,
     )
+
+
+def _autocast_dtype(device: torch.device) -> str | None:
+    """Of autocast on a device, None where it is off."""
+    return str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None
 
 
 def _checksum(target: torch.Tensor) -> int | None:
@@ -236,7 +245,7 @@ def evaluate(
     wants = _wanted(operands, linear_bias)
     main_grad = options.main_grad if wants[1] else None
     sampled, head = options.sampled, options.head
-    dtype = compute_dtype(hidden, weight)
+    dtype = operands.compute_dtype
     offsets = None
     if sampled is not None and any(wants):
         offsets = _offsets(tokens.target.shape[0], hidden.device, sampled.generator)
@@ -274,7 +283,7 @@ def evaluate(
         sharded=layout is not None,
         frozen_columns=weight.shape[1] - trained.shape[1],
     )
-    plan = _plan(shape, objective.scalar, options, layout)
+    plan, gathers_again = _plan(shape, objective.scalar, options, layout)
     call = operators.Call(
         shape=shape,
         plan=plan,
@@ -288,31 +297,39 @@ def evaluate(
         offsets=offsets,
         shard=shard,
         appended=None if operands.appended is None else trained.dtype,
-        gathers_again=layout is not None and _gathers_again(shape, plan, layout, options.workspace),
+        gathers_again=gathers_again,
     )
     return operators.apply(hidden, weight, linear_bias, target, call, operands.appended)
 
 
-def _gathers_again(shape: Shape, plan: planning.Plan, layout: sharding.Layout, workspace: int | None) -> bool:
-    """Whether the hidden states of all ranks do not fit the workspace beside what the plan holds."""
-    if layout.rows is None or workspace is None:
-        return False
-    return plan.workspace + sum(layout.rows) * shape.hidden * shape.hidden_dtype.itemsize > workspace
+def _plan(
+    shape: Shape, scalar: bool, options: CallOptions, layout: sharding.Layout | None
+) -> tuple[planning.Plan, bool]:
+    """The plan of a call, and whether hidden states that are sharded are gathered anew for the backward pass.
 
-
-def _plan(shape: Shape, scalar: bool, options: CallOptions, layout: sharding.Layout | None) -> planning.Plan:
-    """The plan of a call; of a shard's, all ranks learn if one cannot keep to the workspace that was asked for."""
+    Of a shard's, all ranks learn if one cannot keep to the workspace that was asked for, or has no room for the hidden
+    states of all: a collective is called by all of them.
+    """
     if layout is None:
         name = planning.choose_backend(options.backend, shape)
-        return planning.choose(shape, name, scalar, options.workspace, schedules.forced())
+        return planning.choose(shape, name, scalar, options.workspace, schedules.forced()), False
     bounded = options.workspace is not None or schedules.forced() is not None or options.backend != "auto"
     with sharding.meeting(layout.group if bounded else None) as meeting:
         name = planning.choose_backend(options.backend, shape)
         widest = max(layout.sizes)
         plan = planning.choose_shard(shape, widest, name, scalar, options.workspace, schedules.forced())
-        if meeting is not None:
-            meeting.meet({})
-    return plan
+        if meeting is None:
+            return plan, False
+        no_room = _no_room(shape, plan, layout, options.workspace)
+        everyone = meeting.meet({"has no room for all rows": no_room})
+    return plan, any(theirs["has no room for all rows"] for theirs in everyone)
+
+
+def _no_room(shape: Shape, plan: planning.Plan, layout: sharding.Layout, workspace: int | None) -> bool:
+    """Whether the hidden states of all ranks do not fit the workspace beside what the plan holds."""
+    if layout.rows is None or workspace is None:
+        return False
+    return plan.workspace + sum(layout.rows) * shape.hidden * shape.hidden_dtype.itemsize > workspace
 
 
 def _offsets(tokens: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:

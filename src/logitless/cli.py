@@ -110,15 +110,12 @@ def _train(arguments: argparse.Namespace) -> int:
     _require_extra("demo", DEMO_MODULES)
     from rich.console import Console
 
-    from logitless.demo.parallel import end_process
     from logitless.demo.runs import Division, run_training
 
     run_dir = arguments.resume or arguments.run_dir or _new_run_dir("train")
     division = Division(arguments.dp, arguments.tp)
     resume = arguments.resume is not None
-    status = run_training(given_flags(arguments), run_dir, resume, TrainConfig(), Console(), division=division)
-    end_process(status)
-    return status
+    return run_training(given_flags(arguments), run_dir, resume, TrainConfig(), Console(), division=division)
 
 
 def _add_converge(subcommands: Subcommands) -> None:

@@ -55,9 +55,21 @@ class Arguments:
             return self
         return _localised(self)
 
+    def moved(self, adapter: Any) -> Any:
+        """An adapter, not yet checked, whose hidden states are laid out as those of the call."""
+        if not self.sharded_dimension or not isinstance(adapter, (tuple, list)) or len(adapter) != 2:
+            return adapter
+        hidden, weight = adapter
+        return _to_front(hidden, self.sharded_dimension), weight
+
     def moved_back(self, result: torch.Tensor) -> torch.Tensor:
         """A result for each token, in the shape of the target that was given."""
         return result.movedim(0, self.sharded_dimension)
+
+
+def _to_front(tensor: Any, dimension: int) -> Any:
+    """The tensor with that dimension first; what has none is refused later."""
+    return tensor.movedim(dimension, 0) if isinstance(tensor, torch.Tensor) and dimension < tensor.ndim else tensor
 
 
 def is_dtensor(value: object) -> TypeIs[DTensor]:
@@ -95,7 +107,14 @@ def _localised(given: Arguments) -> Arguments:
         )
     dimensions = range(mesh.ndim)
     tokens = _tokens_by_dimension(given, hidden, mesh)
-    sharded = [d for d in dimensions if weight.placements[d].is_shard(0) and tokens[d] != "own" and mesh.size(d) > 1]
+    gathers = given.sequence_parallel and is_dtensor(hidden)
+    sharded = [
+        dimension
+        for dimension in dimensions
+        if weight.placements[dimension].is_shard(0)
+        and (gathers or tokens[dimension] == "same")
+        and mesh.size(dimension) > 1
+    ]
     vocabulary = sharded[-1] if sharded else None
 
     def placed(placement: Placement) -> list[Placement]:
@@ -105,29 +124,32 @@ def _localised(given: Arguments) -> Arguments:
         kinds = {"own": Partial(), "same": Replicate()}
         return [at_vocabulary if d == vocabulary else kinds[tokens[d]] for d in dimensions]
 
+    def whole(tensor: DTensor) -> DTensor:
+        """What the ranks of the vocabulary's dimension have of it, all of it on each."""
+        places = [Replicate() if d == vocabulary else place for d, place in enumerate(tensor.placements)]
+        return tensor.redistribute(placements=places)
+
     tensors = dict(given.tensors)
-    for name in ("linear_weight", *VOCABULARY_FIRST):
-        tensor = tensors.get(name)
-        if is_dtensor(tensor):
-            spread = tensor.redistribute(placements=placed(Shard(0)))
-            tensors[name] = spread.to_local(grad_placements=gradient(Shard(0)))
     sequence_parallel, moved = given.sequence_parallel, 0
-    if is_dtensor(hidden):
-        # The operator itself gathers the hidden states and sums their gradient, so that it is rounded once.
-        tensors["input"] = hidden.to_local(grad_placements=hidden.placements)
-        place = Replicate() if vocabulary is None else hidden.placements[vocabulary]
-        sequence_parallel = isinstance(place, Shard)
-        moved = place.dim % hidden.ndim if isinstance(place, Shard) else 0
-    for name in TOKENS_FIRST:
-        tensor = tensors.get(name)
-        if is_dtensor(tensor):
-            places = [Replicate() if d == vocabulary else place for d, place in enumerate(tensor.placements)]
-            tensors[name] = tensor.redistribute(placements=places).to_local()
-    if moved:
-        for name in ("input", *TOKENS_FIRST):
+    # Redistribution concatenates, which autocast takes over, and it knows one narrow dtype.
+    with torch.autocast(mesh.device_type, enabled=False):
+        for name in ("linear_weight", *VOCABULARY_FIRST):
             tensor = tensors.get(name)
-            if isinstance(tensor, torch.Tensor) and moved < tensor.ndim:  # of other shapes: they are refused later
-                tensors[name] = tensor.movedim(moved, 0)
+            if is_dtensor(tensor):
+                spread = tensor.redistribute(placements=placed(Shard(0)))
+                tensors[name] = spread.to_local(grad_placements=gradient(Shard(0)))
+        if is_dtensor(hidden):
+            # The operator gathers the hidden states itself and sums their gradient, so that it is rounded once.
+            rows = None if vocabulary is None else _consecutive(hidden, vocabulary)
+            sequence_parallel, moved = rows is not None, rows or 0
+            given_hidden = whole(hidden) if rows is None else hidden
+            tensors["input"] = given_hidden.to_local(grad_placements=given_hidden.placements)
+        for name in TOKENS_FIRST:
+            tensor = tensors.get(name)
+            if is_dtensor(tensor):
+                tensors[name] = whole(tensor).to_local()
+    for name in ("input", *TOKENS_FIRST) if moved else ():
+        tensors[name] = _to_front(tensors.get(name), moved)
     group = None if vocabulary is None else mesh.get_group(vocabulary)
     return replace(
         given,
@@ -135,8 +157,25 @@ def _localised(given: Arguments) -> Arguments:
         group=group,
         sequence_parallel=sequence_parallel and group is not None,
         sharded_dimension=moved,
-        tokens_apart=any(kind == "own" and mesh.size(d) > 1 for d, kind in enumerate(tokens)),
+        tokens_apart=any(kind == "own" and mesh.size(d) > 1 and d != vocabulary for d, kind in enumerate(tokens)),
     )
+
+
+def _consecutive(hidden: DTensor, dimension: int) -> int | None:
+    """Which of its dimensions a dimension of the mesh shards, so that its ranks' parts are consecutive; else None.
+
+    They are not where a later dimension of the mesh cuts the same one again, or where parts are strided, as FSDP's are.
+    """
+    from torch.distributed.tensor import Shard
+
+    place = hidden.placements[dimension]
+    if type(place) is not Shard:  # nor a subclass
+        return None
+    cut_again = any(
+        hidden.device_mesh.size(later) > 1 and hidden.placements[later].is_shard(place.dim)
+        for later in range(dimension + 1, hidden.device_mesh.ndim)
+    )
+    return None if cut_again else place.dim % hidden.ndim
 
 
 def _ranks(group: ProcessGroup) -> list[int]:
@@ -156,7 +195,7 @@ def _tokens_by_dimension(given: Arguments, hidden: object, mesh: DeviceMesh) -> 
                 raise ValueError("input must not be a DTensor of partial sums: redistribute it, got " + str(place))
             if place.is_shard(hidden.ndim - 1):
                 raise ValueError("input must not be sharded along D: redistribute it, got " + str(place))
-            same = place.is_replicate() or given.sequence_parallel
+            same = place.is_replicate()
         kinds.append("same" if same else "own")
     if given.group is not None and not is_dtensor(hidden) and "same" not in kinds:
         raise ValueError(f"group must be that of a dimension of the mesh of linear_weight, {mesh}")

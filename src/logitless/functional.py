@@ -21,7 +21,6 @@ from logitless.calls import (
     Operands,
     Tokens,
     checked_head,
-    compute_dtype,
     evaluate,
     inverse_normalizer,
     meet,
@@ -159,6 +158,7 @@ def linear_cross_entropy(
     }
     given = dtensors.Arguments(tensors, group, sequence_parallel).local()
     validation.check_group(given.group, given.sequence_parallel)
+    adapter = given.moved(adapter)
     input, linear_weight, target, linear_bias, weight, token_weight, main_grad = (given.tensors[n] for n in tensors)
     with sharding.meeting(given.group) as meeting:
         sampled = validation.check_gradient(gradient)
@@ -192,7 +192,7 @@ def linear_cross_entropy(
             )
     vocabulary = linear_weight.shape[0] if layout is None else layout.vocabulary
     tokens = Tokens.of(target, vocabulary, options.ignore_index)
-    dtype = statistics_dtype(compute_dtype(operands.hidden, operands.weight))
+    dtype = statistics_dtype(operands.compute_dtype)
 
     class_weight = None if weight is None else weight.to(dtype)
     row_weight = total = None
@@ -273,6 +273,7 @@ def token_statistics(
     }
     given = dtensors.Arguments(tensors, group, sequence_parallel).local()
     validation.check_group(given.group, given.sequence_parallel)
+    adapter = given.moved(adapter)
     input, linear_weight, target, linear_bias, main_grad = (given.tensors[n] for n in tensors)
     with sharding.meeting(given.group) as meeting:
         sampled = validation.check_gradient(gradient)
@@ -288,7 +289,7 @@ def token_statistics(
         if meeting is not None:
             layout = meet(meeting, given, operands, call, outputs=list(names), ignore_index=ignore_index)
     tokens = Tokens.of(target, linear_weight.shape[0] if layout is None else layout.vocabulary, ignore_index)
-    dtype = statistics_dtype(compute_dtype(operands.hidden, operands.weight))
+    dtype = statistics_dtype(operands.compute_dtype)
     objective = StatisticsObjective(names, tokens.mask, tokens.counted.to(dtype))
     values = evaluate(operands, linear_bias, tokens, objective, None, call, layout)
     shaped = (given.moved_back(value.view(target.shape)) for value in values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -81,8 +81,10 @@ class Placed:
         problem = whole_problem(member.device)
         total = logitless.count_tokens(problem["target"], weight=problem["weight"])
         # Targets go with the tokens, but are the same where hidden states are to be gathered.
-        gathered = self.sequence_parallel and self.weight[-1] == "0"
-        tokens = self.hidden[:-1] + "R" if gathered else self.hidden
+        tokens = self.hidden
+        if self.sequence_parallel and "0" in self.weight:
+            gathered = self.weight.rindex("0")
+            tokens = self.hidden[:gathered] + "R" + self.hidden[gathered + 1 :]
         vectors = dict.fromkeys(("linear_bias", "weight"), self.weight.replace("1", "R"))
         layouts = {"input": self.hidden, "target": tokens, "linear_weight": self.weight, **vectors}
         tensors = {name: distribute_tensor(tensor, mesh, placed(layouts[name])) for name, tensor in problem.items()}
@@ -109,6 +111,7 @@ PLACED = {
         Placed((2,), "0", "R"),
         Placed((2,), "0", "0", sequence_parallel=True),
         Placed((2,), "R", "1"),
+        Placed((2,), "0", "R", sequence_parallel=True),  # with nothing to gather for
     ],
     4: [
         Placed((4,), "R", "0"),
@@ -117,8 +120,63 @@ PLACED = {
         Placed((2, 2), "0R", "R0"),
         Placed((2, 2), "00", "00"),
         Placed((2, 2), "0R", "0R"),
+        # The second dimension shards the vocabulary, over the first tokens are apart.
+        Placed((2, 2), "00", "R0", sequence_parallel=True),
+        Placed((2, 2), "00", "00", sequence_parallel=True),
+        Placed((2, 2), "R0", "00", sequence_parallel=True),
+        # The first does, and the second cuts its parts of the tokens again.
+        Placed((2, 2), "00", "0R", sequence_parallel=True),
     ],
 }
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Hidden states [B, T, D] in bf16, sharded along a dimension and gathered: losses and statistics of each token.
+
+    ``autocast`` is a narrow dtype that theirs is not; operands are rounded to it as in one process.
+    """
+
+    dimension: int
+    autocast: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        return f"rounded {self.dimension}, autocast {self.autocast}"
+
+    def tensors(self) -> dict[str, Tensor]:
+        problem = whole_problem()
+        weight = problem["linear_weight"] / 4
+        shaped = {"input": (BATCH, LENGTH, HIDDEN), "target": (BATCH, LENGTH)}
+        tensors = {name: problem[name].view(shape) for name, shape in shaped.items()}
+        return {"input": tensors["input"].bfloat16(), "linear_weight": weight.bfloat16(), "target": tensors["target"]}
+
+    def once(self, input: Any, linear_weight: Any, target: Any, device: str, **options: Any) -> Results:
+        input = input.detach().requires_grad_()
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            nll = logitless.linear_cross_entropy(input, linear_weight, target, reduction="none", **options)
+            statistics = logitless.token_statistics(input, linear_weight, target, **options)
+        upstream = (torch.arange(nll.numel(), device=nll.device) % 5 - 2.0).view(nll.shape)  # tells tokens apart
+        nll.backward(upstream)
+        return {"nll": nll.detach(), "statistics": statistics.nll.detach(), "input": input.grad}
+
+    def __call__(self, member: Member) -> Results:
+        device = member.device.type
+        mesh = init_device_mesh(device, (member.size,))
+        tensors = {name: tensor.to(member.device) for name, tensor in self.tensors().items()}
+        input = distribute_tensor(tensors["input"], mesh, [Shard(self.dimension)])
+        weight = distribute_tensor(tensors["linear_weight"], mesh, [Shard(0)])
+        found = self.once(input, weight, tensors["target"], device, sequence_parallel=True)
+        return {**found, "input": found["input"].full_tensor()}
+
+    def alone(self) -> Results:
+        return self.once(**self.tensors(), device="cpu")
+
+    def exact(self) -> Results:
+        tensors = {name: t.double() if t.is_floating_point() else t for name, t in self.tensors().items()}
+        return replace(self, autocast=None).once(**tensors, device="cpu")
+
+
+ROUNDED = [Rounded(dimension, autocast) for dimension in (0, 1) for autocast in (None, torch.float16)]
 
 
 class Model(nn.Module):
@@ -303,8 +361,8 @@ class Counting:
 
 
 def cases_of(size: int) -> dict[str, Callable[[Member], Any]]:
-    cases = [*PLACED[size], *TRAINED[size], Arriving(), Refused(), Counting()]
-    return {str(case) if isinstance(case, (Placed, Trained)) else type(case).__name__: case for case in cases}
+    cases = [*PLACED[size], *TRAINED[size], *ROUNDED, Arriving(), Refused(), Counting()]
+    return {str(case) if isinstance(case, (Placed, Trained, Rounded)) else type(case).__name__: case for case in cases}
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +389,21 @@ def test_placements(ran, case):
     size = 2 if case in PLACED[2] else 4
     for found in workers.values(ran(size)[str(case)]):
         check(found, alone())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", ROUNDED, ids=str)
+def test_gathered_hidden_states_in_bf16(ran, size, case):
+    """Each token has its own numbers, and gradients are rounded once, after the sum: the error is one process's."""
+    exact, alone = case.exact(), case.alone()
+    results = workers.values(ran(size)[str(case)])
+    for found in results:
+        for name, value in exact.items():
+            error, allowed = ((of[name].double() - value).norm().item() for of in (found, alone))
+            # Of numbers in fp32, whose own error is that of an order of additions, by the size of the logits.
+            rounding = 0.0 if name == "input" else 4 * torch.finfo(torch.float32).eps * value.norm().item()
+            assert error <= 1.1 * allowed + rounding, f"{name}: {error:.2e}, alone {allowed:.2e}"
+            assert torch.equal(found[name], results[0][name]), name
 
 
 @pytest.mark.parametrize("case", [case for size in TRAINED for case in TRAINED[size]], ids=str)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,8 @@ import psutil
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
 SCRIPT = Path(__file__).with_name("training.py")
-LIMIT = 120
+# Seconds for a run of seconds, so that a loaded machine has the time; a collective gives up after half an hour.
+LIMIT = 600
 
 
 def command(
@@ -35,7 +35,7 @@ def command(
 
 
 def train(*arguments, **options) -> subprocess.CompletedProcess:
-    """Runs to the end."""
+    """Runs to the end, which comes within the limit."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command(*arguments, **options), env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
@@ -82,6 +82,18 @@ def test_curve_of_one_process(text, alone, tmp_path, data, tensor):
     assert done.stdout.count("all 6 steps done") == 1
 
 
+def test_what_cannot_be_read(text, tmp_path):
+    """One error from each process, whose threads end as they do after a run to the end: ``training.py`` looks."""
+    folder = tmp_path / "run"
+    assert train(text, folder, "new", 2, 1).returncode == 0
+    for part in (folder / "checkpoint-6").glob("*.distcp"):
+        part.write_bytes(b"")
+    done = train(text, folder, "resume", 2, 1)
+    assert done.returncode != 0
+    assert "checkpoint-6 is not a checkpoint that can be read" in done.stderr
+    assert "left after the run" not in done.stderr
+
+
 def test_sampled_in_shards(text, tmp_path):
     """Each part of the data, and each shard, is sampled by itself; the loss stays exact."""
     done = train(text, tmp_path / "run", "new", 2, 2, "sampled")
@@ -91,28 +103,30 @@ def test_sampled_in_shards(text, tmp_path):
 
 @pytest.mark.parametrize(("data", "tensor"), [(2, 1), (1, 1)])
 def test_a_killed_process_ends_the_run_and_another_number_goes_on(text, alone, tmp_path, data, tensor):
-    """In bounded time, with a message; the last checkpoint is whole, and the run goes on with fewer processes."""
+    """Long before a collective gives up, with a message; the last checkpoint is whole, and fewer processes go on."""
     folder = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = command(text, folder, "new", 2, 2)
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
-        deadline = time.monotonic() + LIMIT
-        while not (folder / "checkpoint-2").exists():
-            assert time.monotonic() < deadline
-            assert job.poll() is None, job.stdout.read()
-            time.sleep(0.02)
-        members = psutil.Process(job.pid).children()
-        members[-1].send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        output, _ = job.communicate(timeout=LIMIT)
-        assert time.monotonic() - killed < 60
-    assert job.returncode != 0 or "all 6 steps done" in output
-    if job.returncode:
-        assert "SIGKILL" in output
-    assert not psutil.pid_exists(members[0].pid) or psutil.Process(members[0].pid).status() == psutil.STATUS_ZOMBIE
+    done = train(text, folder, "killed", 2, 2)
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    processes = [int(number) for number in re.findall(r"^process (\d+)$", done.stderr, re.MULTILINE)]
+    assert len(processes) == 4
+    assert not running(processes)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     done = train(text, folder, "resume", data, tensor)
     assert done.returncode == 0, done.stderr
     assert_same_curve(folder, alone)
+
+
+def running(numbers: list[int]) -> list[int]:
+    """The processes that have not ended."""
+
+    def runs(number: int) -> bool:
+        try:
+            return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return [number for number in numbers if runs(number)]
 
 
 def test_what_cannot_be_divided(text, tmp_path):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +16,8 @@ from rich.console import Console
 from logitless.demo.config import ModelConfig, TrainConfig
 from logitless.demo.data import Tokenizer
 from logitless.demo.errors import InputError
-from logitless.demo.parallel import end_process
 from logitless.demo.runs import Division, run_training
+from logitless.demo.train import StepRecord, Trainer
 
 TINY = replace(
     TrainConfig(),
@@ -27,6 +32,8 @@ TINY = replace(
     dtype="float32",
 )
 
+LEFT = 70  # exit code where threads outlive the run: they may abort the process while Python ends
+
 
 def bytes_tokenizer() -> Tokenizer:
     """One id a byte, and one more before each document."""
@@ -35,16 +42,50 @@ def bytes_tokenizer() -> Tokenizer:
 
 def main(text: str, folder: str, task: str, data: str, tensor: str, head: str, device: str) -> int:
     division, base = Division(int(data), int(tensor)), replace(TINY, device=device)
-    given = {"text": text, "head": head} if task == "new" else {}
+    resume = task == "resume"
+    given = {} if resume else {"text": text, "head": head}
+    if task == "killed":
+        sys.stderr.write(f"process {os.getpid()}\n")  # in one piece, beside the others
+        Trainer.advance = killed_before(3)
     try:
-        resume = task == "resume"
-        status = run_training(given, Path(folder), resume, base, Console(width=120), bytes_tokenizer, division)
-        end_process(status)
-        return status
+        return run_training(given, Path(folder), resume, base, Console(width=120), bytes_tokenizer, division)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+def killed_before(step: int) -> Callable[[Trainer], StepRecord]:
+    """``Trainer.advance`` that kills the last process when a step begins."""
+    advance = Trainer.advance
+
+    def advance_or_die(trainer: Trainer) -> StepRecord:
+        if trainer.step + 1 == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return advance(trainer)
+
+    return advance_or_die
+
+
+def threads_of_groups() -> list[str]:
+    """Names of this process's threads that belong to gloo groups; of none where the system does not tell."""
+    names = []
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it has ended meanwhile
+            names.append(name.read_text().strip())
+    return [name for name in names if "gloo" in name]
+
+
+def threads_left() -> list[str]:
+    """The same after a while: the system may list a thread that has been joined a moment longer."""
+    deadline = time.monotonic() + 10
+    while threads_of_groups() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return threads_of_groups()
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    code = main(*sys.argv[1:])
+    if left := threads_left():
+        print(f"process {os.getpid()}: left after the run: {left}", file=sys.stderr)
+        code = LEFT
+    sys.exit(code)

@@ -6,10 +6,11 @@ The engine is `torch.distributed`: `torchrun` starts the processes, DTensor and 
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
-import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +102,9 @@ class World:
 
 @contextmanager
 def join(data: int, tensor: int, device: str) -> Iterator[World | None]:
-    """Joins the processes of the run; yields None where there is but one.
+    """Joins the processes of the run, and leaves them again; yields None where there is but one.
+
+    What holds shards must be gone when the body ends: it holds groups of processes, whose threads end with them.
 
     Raises:
         InputError: `torchrun` has started another number of them.
@@ -118,22 +121,36 @@ def join(data: int, tensor: int, device: str) -> Iterator[World | None]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    mesh = init_device_mesh(device, (data, tensor), mesh_dim_names=("data", "tensor"))
     try:
-        yield World(init_device_mesh(device, (data, tensor), mesh_dim_names=("data", "tensor")))
-    finally:
+        yield World(mesh)
+    except InputError as error:  # raised between collectives, so that no thread is in one
+        _clear_frames(error)
+        _leave(mesh)
+        raise
+    except BaseException:  # in a collective maybe, for which the others will not come: nobody waits for its thread
         dist.destroy_process_group()
+        raise
+    _leave(mesh)
 
 
-def end_process(status: int) -> None:
-    """Ends this process where it is one of several, with its group destroyed and its output written; else returns.
+def _clear_frames(error: BaseException | None) -> None:
+    """Lets go of what the functions had that an error came through, the model for one."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
 
-    A thread of PyTorch's can outlive the process group, and then ends the process with SIGABRT while the globals of its
-    libraries are destroyed: one run in fourteen, on two busy cores. Nothing is left for them to do.
+
+def _leave(mesh: DeviceMesh) -> None:
+    """Destroys the groups of processes, and waits until their threads have ended.
+
+    A thread of a gloo group lets go of a collective's tensors some time after it is done. One that does so while Python
+    ends cannot have the interpreter's lock any more, and aborts the process. Threads end with their group; but the mesh
+    keeps its groups, and PyTorch's cache of operations on DTensors keeps the mesh until the process ends.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    gc.collect()  # modules that are sharded refer to themselves
+    dist.destroy_process_group()
+    vars(mesh).get("_pg_registry", {}).clear()
 
 
 def check_sizes(config: TrainConfig, data: int, tensor: int) -> None:

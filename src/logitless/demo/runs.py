@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -20,10 +20,13 @@ from logitless.demo.checkpoint import TEMPORARY_SUFFIX, atomic_write, load_check
 from logitless.demo.config import TrainConfig, refuse_conflicts, with_flags
 from logitless.demo.data import Corpus, Tokenizer, cached_corpus, check_size, load_corpus, tekken
 from logitless.demo.errors import InputError
-from logitless.demo.memory import memory_meter
+from logitless.demo.memory import MemoryMeter, memory_meter
 from logitless.demo.outputs import check_output_folder
 from logitless.demo.progress import StepProgress
 from logitless.demo.train import Trainer, resolve_device
+
+if TYPE_CHECKING:
+    from logitless.demo.parallel import World
 
 TOKEN_CACHE = ".tokens"  # beside the run folders, so that runs on the same text share it
 
@@ -169,13 +172,26 @@ def run_training(
         tokens_key = prepare() if world is None else world.first_does(prepare)
         corpus = _same_corpus(folder, config, tokens_key, load_tokenizer())
         with memory_meter(config.device) as meter:
-            trainer = Trainer(config, corpus, meter, world=world)
-            _take_up(trainer, folder)
-            if world is None or world.first:
-                truncate_log(folder.log, trainer.step)
-            if resume:
-                console.print(f"resuming {folder.path} after step {trainer.step} of {config.steps}", highlight=False)
-            return _train_to_the_end(trainer, folder, console)
+            return _train(config, corpus, meter, world, folder, resume, console)
+
+
+def _train(
+    config: TrainConfig,
+    corpus: Corpus,
+    meter: MemoryMeter,
+    world: World | None,
+    folder: RunFolder,
+    resume: bool,
+    console: Console,
+) -> int:
+    """Makes the model and trains it; nothing has it any more when the exit code is returned."""
+    trainer = Trainer(config, corpus, meter, world=world)
+    _take_up(trainer, folder)
+    if world is None or world.first:
+        truncate_log(folder.log, trainer.step)
+    if resume:
+        console.print(f"resuming {folder.path} after step {trainer.step} of {config.steps}", highlight=False)
+    return _train_to_the_end(trainer, folder, console)
 
 
 def _take_up(trainer: Trainer, folder: RunFolder) -> None:
