@@ -18,6 +18,7 @@ from problems import (
     generator,
     loss_cases,
     make_problem,
+    random_problem,
     smollm2_problem,
     statistics_cases,
     widen,
@@ -90,6 +91,22 @@ def test_statistics_and_gradients(implementation, case):
     """All float statistics with their own upstream gradients at the same time."""
     problem = case.head_problem()
     statistics_baseline_of(case).check(statistics_and_gradients(implementation.float_statistics, problem))
+
+
+@pytest.mark.parametrize("implementation", [*ANY_UPSTREAM, *FORWARD_ONLY], ids=str)
+def test_prediction_of_rows_that_hold_nan(implementation):
+    """An index as ``torch.argmax`` gives it, never one beyond the vocabulary."""
+    problem = random_problem(9, 24, 203).to(torch.float32)
+    hidden, bias = problem.input.detach().clone(), torch.zeros(203)
+    hidden[4, 1] = torch.nan
+    for nan_entries in ([], [130, 202]):
+        bias[nan_entries] = torch.nan
+        with implementation.grad_mode():
+            given = implementation.token_statistics(
+                hidden, problem.linear_weight, problem.target, outputs=("prediction",), linear_bias=bias
+            )
+        expected = (hidden @ problem.linear_weight.detach().T + bias).argmax(1)
+        assert torch.equal(given.prediction, expected)
 
 
 @pytest.mark.parametrize("implementation", [*ANY_UPSTREAM, *FORWARD_ONLY], ids=str)

@@ -18,8 +18,9 @@ pytest.importorskip("triton")
 from torch import Tensor
 
 import logitless
-from kernels import DEVICE, DTYPES, Head, fp32_precision
-from logitless.backends.contract import Problem
+from kernels import DEVICE, DTYPES, Head, counting, fp32_precision, random_coefficients
+from logitless.backends import triton as backend
+from logitless.backends.contract import Coefficients, Problem, Schedule
 from logitless.backends.triton import selection, tiles
 from logitless.backends.triton.dense import new_statistics
 from logitless.backends.triton.launch import Tables, table_rows
@@ -285,3 +286,28 @@ def test_fp32_precision_reaches_fp32_alone(dtype, scan, deterministic):
             assert 0 < (given[name] - value).norm() <= 2.0**-8 * value.norm(), name
         else:
             assert torch.equal(given[name], value), name
+
+
+@pytest.mark.parametrize("spoiler", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_coefficients_of_rows_that_do_not_count_may_be_anything(softcap, spoiler):
+    """Those of label smoothing too, whose part of rank one is a sum over rows."""
+    head = Head("busy", bias=True, softcap=softcap, vector=True, counted="some")
+    problem = head.problem(ROWS, 24, BLOCK * 3 + 5, frozenset({"smooth_logit"}))
+    problem = replace(problem, shape=replace(problem.shape, threshold=1 / 4), offsets=offsets_of().to(DEVICE))
+    schedule = Schedule("sampled", ROWS, BLOCK * 3 + 5)
+    statistics = backend.forward(problem, schedule, None)
+    coefficients = random_coefficients(ROWS, b=False)
+    hidden = problem.hidden.clone()
+    hidden[~counting(problem)] = spoiler
+    spoilt = Coefficients(
+        **{
+            name: None if value is None else value.masked_fill(~counting(problem), spoiler)
+            for name, value in vars(coefficients).items()
+        }
+    )
+    expected = backend.backward(problem, schedule, statistics, coefficients)
+    given = backend.backward(replace(problem, hidden=hidden), schedule, statistics, spoilt)
+    assert not given.hidden[~counting(problem)].any()
+    for name in ("hidden", "weight", "bias"):
+        torch.testing.assert_close(getattr(given, name), getattr(expected, name), rtol=1e-5, atol=1e-6)

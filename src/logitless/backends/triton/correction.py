@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from logitless.backends.triton.pairs import gradient_of_pairs, pairs_of_tile, products_of_pairs
-from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative, expm1, logits
+from logitless.backends.triton.primitives import LN2, LOG2E, expm1, logits, slope_at_capped
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def correct_kernel(
     )
     total, least = 1 + tl.sum(change, 1), tl.sum(share, 1)
     scanned = tl.load(log_sum + row, mask=row < rows, other=0.0)
-    tl.store(log_sum + row, scanned + LN2 * tl.log2(tl.where(total > least, total, least)), mask=row < rows)
+    tl.store(log_sum + row, scanned + LN2 * tl.log2(tl.where(total < least, least, total)), mask=row < rows)
 
 
 @triton.jit
@@ -160,13 +160,15 @@ def kept_gradient_kernel(
         # At the target (p - 1) and (factor - c) are small where the token is predicted with confidence.
         rest = (factor - one_hot) + factor * expm1(change)
         dz = left.to(tl.float32) * changed[:, None] + tl.where(at_target, rest[:, None], 0.0)
-        # A factor of 0 is that of a pair listed for its target alone, whose probabilities may be anything.
-        dz = tl.where((factor == 0)[:, None], tl.where(at_target, -one_hot[:, None], 0.0), dz)
+        # A factor of 0 is that of a pair listed for its target alone, whose probabilities may be anything; but of a row
+        # whose log-sum is NaN nothing is to stay finite.
+        alone = (factor == 0) & (change == change)
+        dz = tl.where(alone[:, None], tl.where(at_target, -one_hot[:, None], 0.0), dz)
         if SOFTCAP:
             scanned_sum = before + tl.load(peak + row, mask=valid, other=0.0)
             z = tl.where(p > 0, tl.log2(p) * LN2 + scanned_sum[:, None], 0.0)
             z = tl.where(at_target, tl.load(target_logit + row, mask=valid, other=0.0)[:, None], z)
-            dz *= cap_derivative(z, softcap)
+            dz *= slope_at_capped(z, softcap)
         entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         tl.store(gradient + entry, dz.to(gradient.dtype.element_ty), mask=valid[:, None])
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from logitless.backends.triton.primitives import LOG2E, cap_derivative, logits, multiply_add
+from logitless.backends.triton.primitives import LOG2E, logits_and_slope, multiply_add
 from logitless.backends.triton.selection import inclusion_probability
 from logitless.backends.triton.softmax_gradient import target_entry
 
@@ -146,7 +146,9 @@ def pair_gradient_kernel(
 
         columns = column + tl.arange(0, BLOCK)
         exists = valid[:, None] & (columns < vocabulary)[None, :]
-        z = logits(products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP)
+        z, slope_there = logits_and_slope(  # pyright: ignore
+            products, bias, column, vocabulary, scale, softcap, BIAS, SOFTCAP
+        )
         below = z - tl.load(peak + row, mask=valid, other=0.0)[:, None]
         log_p = below - tl.load(log_sum + row, mask=valid, other=0.0)[:, None]
         p = tl.where(exists, tl.exp2(log_p * LOG2E), 0.0)
@@ -164,16 +166,14 @@ def pair_gradient_kernel(
             slope = factor * tl.load(b + row, mask=valid, other=0.0)
             dz += tl.where(p == 0, 0.0, p * (slope[:, None] * below))
         if SOFTCAP:
-            capped = z * (1 / softcap)
-            square = capped * capped
-            dz *= cap_derivative(z, softcap)
+            dz *= slope_there
             if SMOOTH:
                 smooth = (factor * tl.load(d + row, mask=valid, other=0.0))[:, None]
                 if SMOOTH_VECTOR:
                     smooth = smooth * tl.load(smoothing + columns, mask=columns < vocabulary, other=0.0)[None, :]
                 else:
                     smooth = smooth * uniform_smoothing
-                dz += smooth * square
+                dz += smooth * (1 - slope_there)
         dz = tl.where(exists, dz, 0.0)
         entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         tl.store(gradient + entry, dz.to(gradient.dtype.element_ty), mask=valid[:, None])
@@ -190,6 +190,7 @@ def pair_weight_gradient_kernel(
     smoothing,  # [V] where SMOOTH_VECTOR
     smooth_sum,  # [D] fp32 sum of d_i x_i where SMOOTH
     smooth_total,  # [1] fp32 sum of d_i where SMOOTH
+    poison,  # [1] fp32 added to everything: 0, or NaN where the gradient of some row's logits is
     hidden_stride,
     hidden_size,
     vocabulary,
@@ -230,7 +231,7 @@ def pair_weight_gradient_kernel(
             rank_one = tl.load(smooth_sum + depth, mask=depth < hidden_size, other=0.0)
             total -= weights[:, None] * rank_one[None, :]
         target = result + columns.to(tl.int64)[:, None] * hidden_size + depth[None, :]
-        total = total * scale
+        total = total * scale + tl.load(poison)
         if ADD:
             total += tl.load(target, mask=inside, other=0.0)
         tl.store(target, total.to(result.dtype.element_ty), mask=inside)
@@ -243,7 +244,7 @@ def pair_weight_gradient_kernel(
                 sums += tl.sum(dz.to(tl.float32), 0)
             if SMOOTH:
                 sums -= weights * tl.load(smooth_total)
-            tl.store(bias_result + columns, sums, mask=columns < vocabulary)
+            tl.store(bias_result + columns, sums + tl.load(poison), mask=columns < vocabulary)
 
 
 @triton.jit

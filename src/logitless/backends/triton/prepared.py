@@ -75,7 +75,7 @@ def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstrea
         _, weight = _operands(problem)
         hidden_gradient = _empty(problem, shape.tokens, shape.hidden, dtype=shape.hidden_dtype)
         multiply(gradient, weight, hidden_gradient, add=False, scale=scale)
-        scale_rows(hidden_gradient, None, upstream, hidden_gradient)
+        scale_rows(hidden_gradient, problem.counted, upstream, hidden_gradient)
     if shape.bias_gradient:
         bias_gradient = torch.zeros(shape.vocabulary, dtype=torch.float32, device=gradient.device)
         sum_columns(gradient, bias_gradient)

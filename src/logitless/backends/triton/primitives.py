@@ -12,6 +12,8 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Of a cap, from a logit that is capped and rounded.
+LEAST_SLOPE: tl.constexpr = tl.constexpr(2.0**-21)
 
 
 @triton.jit
@@ -44,6 +46,12 @@ def multiply_add(x, w, products, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def left_of_tanh(u):
+    """``1 - |tanh u|``, to some ulp."""
+    return 2 / (tl.exp2(2 * LOG2E * tl.abs(u)) + 1)
+
+
+@triton.jit
 def tanh(u):
     """Hyperbolic tangent to about 2 ulp: a polynomial near 0, where the quotient of exponentials would cancel."""
     square = u * u
@@ -52,7 +60,7 @@ def tanh(u):
     series = series * square + 0.13332585990428925
     series = series * square - 0.33333316445350647
     near = u + u * square * series
-    far = 1 - 2 / (tl.exp2(2 * LOG2E * tl.abs(u)) + 1)
+    far = 1 - left_of_tanh(u)
     far = tl.where(u < 0, -far, far)
     return tl.where(tl.abs(u) < 0.55, near, far)
 
@@ -70,23 +78,43 @@ def expm1(x):
 
 
 @triton.jit
-def logits(products, bias, first, vocabulary, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """[R, U] products to logits: scale or [R, 1] scales, bias, cap; ``first`` is the first column."""
+def logits_and_slope(products, bias, first, vocabulary, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """[R, U] products to logits: scale or [R, 1] scales, bias, cap; ``first`` is the first column.
+
+    And the cap's derivative there, to some ulp however near 0 it is: of 1 - tanh^2 nothing is left where the cap
+    saturates. Without a cap it is undefined.
+    """
     z = products * scale
     if BIAS:
         columns = first + tl.arange(0, products.shape[1])
         shift = tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
         z += shift[None, :]
+    slope = z
     if SOFTCAP:
-        z = tanh(z * (1 / softcap)) * softcap
+        u = z * (1 / softcap)
+        z = tanh(u) * softcap
+        left = left_of_tanh(u)
+        slope = left * (2 - left)
+    return z, slope
+
+
+@triton.jit
+def logits(products, bias, first, vocabulary, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """The same without the derivative."""
+    z, _ = logits_and_slope(products, bias, first, vocabulary, scale, softcap, BIAS, SOFTCAP)  # pyright: ignore
     return z
 
 
 @triton.jit
-def cap_derivative(z, softcap):
-    """Derivative of the cap at capped logits: 1 - t^2, of which 1 - t is exact near the cap."""
+def slope_at_capped(z, softcap):
+    """The cap's derivative at logits that are capped already: ``1 - t^2``, of which ``1 - t`` is exact near the cap.
+
+    It is off by 2^-21 or so, from the rounding of the logits. What is less is that of a logit at the cap, 0, and not a
+    number that an infinite hidden state could make infinite.
+    """
     ratio = z * (1 / softcap)
-    return (1 - ratio) * (1 + ratio)
+    slope = (1 - ratio) * (1 + ratio)
+    return tl.where(slope < LEAST_SLOPE, 0.0, slope)
 
 
 @triton.jit

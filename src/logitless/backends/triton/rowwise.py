@@ -16,7 +16,7 @@ import triton.language as tl
 
 from logitless.backends.contract import AffineCoefficients, Problem, Statistics, ceil_div
 from logitless.backends.triton import tiles
-from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative, logits, mask_columns
+from logitless.backends.triton.primitives import LN2, LOG2E, logits_and_slope, mask_columns
 from logitless.backends.triton.softmax_gradient import softmax_gradient, target_entry
 
 # Elements that a program takes at a time, at most and at least, and how many of them a thread has: four reads of 16
@@ -39,19 +39,20 @@ def row_logits(
     CAP: tl.constexpr,
     OVERHANG: tl.constexpr,
 ):
-    """[1, BLOCK] logits of a row from column ``first`` on; -inf beyond the vocabulary.
+    """[1, BLOCK] logits of a row from column ``first`` on, and the derivative of the cap there.
 
-    Without OVERHANG the block is known to lie within it: masks are a third of the instructions.
+    Logits are -inf beyond the vocabulary. Without OVERHANG the block is known to lie within it: masks are a third of
+    the instructions.
     """
     columns = first + tl.arange(0, BLOCK)[None, :]
     if OVERHANG:
         products = tl.load(place + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
-        z = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
+        z, slope = logits_and_slope(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)  # pyright: ignore
         z = mask_columns(z, first, vocabulary, -float("inf"))
     else:
         products = tl.load(place + columns).to(tl.float32)
-        z = logits(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)
-    return z
+        z, slope = logits_and_slope(products, bias, first, vocabulary, scale, softcap, BIAS, CAP)  # pyright: ignore
+    return z, slope
 
 
 @triton.jit
@@ -73,10 +74,10 @@ def row_log_sum(
     sums = tl.zeros((1, BLOCK), tl.float32)
     whole = vocabulary // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
-        z = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, False)
+        z, _ = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, False)  # pyright: ignore
         seen, sums = add_exponentials(z, seen, sums)  # pyright: ignore
     if whole < vocabulary:
-        z = row_logits(place, whole, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True)
+        z, _ = row_logits(place, whole, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True)  # pyright: ignore
         seen, sums = add_exponentials(z, seen, sums)  # pyright: ignore
     return tl.where(seen == -float("inf"), 0.0, seen), tl.log2(tl.sum(sums))
 
@@ -107,7 +108,7 @@ def row_smooth_sum(
     """Sum of a row's logits less its peak, weighted by the smoothing."""
     sums = tl.zeros((1, BLOCK), tl.float32)
     for first in range(0, vocabulary, BLOCK):
-        z = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True)
+        z, _ = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, True)  # pyright: ignore
         below = mask_columns(z - peak, first, vocabulary, 0.0)
         if VECTOR:
             columns = first + tl.arange(0, BLOCK)[None, :]
@@ -139,12 +140,14 @@ def overwrite(
     OVERHANG: tl.constexpr,
 ):
     """The products of a block of columns become the gradient of their logits, without the one-hot."""
-    z = row_logits(place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, OVERHANG)
+    z, slope = row_logits(  # pyright: ignore
+        place, first, bias, vocabulary, scale, softcap, BLOCK, BIAS, CAP, OVERHANG
+    )
     below = z - peak
     dz = softmax_gradient(
         tl.exp2(below * LOG2E - log_sum),
         below,
-        z,
+        slope,
         factor,
         factor,
         smooth,
@@ -152,7 +155,6 @@ def overwrite(
         uniform_smoothing,
         first,
         vocabulary,
-        softcap,
         False,
         SMOOTH,
         VECTOR,
@@ -213,7 +215,9 @@ def row_kernel(
                 place, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP
             )  # fmt: skip
             t = tl.load(target + here).to(tl.int32)
-            at_target = row_logits(place, t, bias, vocabulary, scale, softcap, 1, BIAS, SOFTCAP, False)
+            at_target, slope_there = row_logits(  # pyright: ignore
+                place, t, bias, vocabulary, scale, softcap, 1, BIAS, SOFTCAP, False
+            )
             tl.store(peak_out + here, peak)
             tl.store(log_sum_out + here, log_sum * LN2)
             tl.store(target_logit + here + tl.zeros((1, 1), tl.int32), at_target)
@@ -246,7 +250,7 @@ def row_kernel(
                     weight = tl.load(smoothing + t)
                 entry -= smooth[:, None] * weight
             if SOFTCAP:
-                entry *= cap_derivative(at_target, softcap)
+                entry *= slope_there
             tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
             whole = vocabulary // BLOCK * BLOCK
             if whole < vocabulary:

@@ -86,12 +86,27 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
         gradient = grouped.kept_gradient(statistics, coefficients, *kept)
     else:
         gradient = grouped.logits_gradient(statistics, coefficients)
+    d = coefficients.d
+    if d is not None and problem.counted is not None:
+        d = torch.where(problem.counted, d, 0.0)
     gradients = Gradients(None, None, None)
     if shape.weight_gradient or shape.bias_gradient:
-        gradients.weight, gradients.bias = grouped.weight_gradient(gradient, coefficients.d)
+        poison = _poison(problem, statistics, coefficients)
+        gradients.weight, gradients.bias = grouped.weight_gradient(gradient, d, poison)
     if shape.hidden_gradient:
-        gradients.hidden = grouped.hidden_gradient(gradient, coefficients.d)
+        gradients.hidden = grouped.hidden_gradient(gradient, d)
     return gradients
+
+
+def _poison(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> torch.Tensor:
+    """0-d NaN if the gradient of some row's logits is, since all of the weight's has a part of it; else 0.
+
+    Such a row has no masses to choose pairs by, and lists its target's block alone.
+    """
+    poisoned = ~statistics.logsumexp.isfinite() | coefficients.a.isnan()
+    if problem.counted is not None:
+        poisoned &= problem.counted
+    return torch.where(poisoned, torch.nan, 0.0).sum()
 
 
 class _Grouped:
@@ -296,6 +311,7 @@ class _Grouped:
         self,
         gradient: torch.Tensor,  # [P, BLOCK]
         d: torch.Tensor | None,  # [N]
+        poison: torch.Tensor,  # []
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of the weight, unless it is added to the caller's buffer, and of the bias."""
         shape, problem, tile = self._shape, self._problem, self._weight_tile
@@ -320,6 +336,7 @@ class _Grouped:
             or_other(self._vector, gradient),
             or_other(rank_one, gradient),
             gradient if d is None else d.sum(),
+            poison,
             self._hidden.stride(0),
             columns,
             shape.vocabulary,
@@ -373,6 +390,8 @@ class _Grouped:
         if d is not None:
             smoothing = self._vector if self._vector is not None else self._uniform
             result.addr_(d, self._weighted_sum(self._problem.weight, smoothing), alpha=-scale)
+            if self._problem.counted is not None:  # zero times a weight that is not finite
+                result.masked_fill_(~self._problem.counted[:, None], 0)
         return result
 
     def _weighted_sum(self, matrix: torch.Tensor, weights: torch.Tensor | float) -> torch.Tensor:

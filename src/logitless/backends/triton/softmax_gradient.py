@@ -19,14 +19,14 @@ import triton
 import triton.language as tl
 
 from logitless.backends.contract import ceil_div
-from logitless.backends.triton.primitives import LN2, LOG2E, cap_derivative, expm1, log2_share
+from logitless.backends.triton.primitives import LN2, LOG2E, expm1, log2_share, slope_at_capped
 
 
 @triton.jit
 def softmax_gradient(
     p,
     below,
-    z,
+    slope,
     a,
     b,
     d,
@@ -34,7 +34,6 @@ def softmax_gradient(
     uniform_smoothing,
     first,
     vocabulary,
-    softcap,
     B: tl.constexpr,
     SMOOTH: tl.constexpr,
     SMOOTH_VECTOR: tl.constexpr,
@@ -42,7 +41,7 @@ def softmax_gradient(
 ):
     """[R, U] gradient of the logits without the one-hot.
 
-    It is made of probabilities, where B of the logits less the row's peak, and where SOFTCAP of the logits.
+    It is made of probabilities, where B of the logits less the row's peak, and where SOFTCAP of the cap's derivative.
     """
     if B:  # noqa: SIM108
         gradient = tl.where(p == 0, 0.0, p * (a[:, None] + b[:, None] * below))
@@ -56,7 +55,7 @@ def softmax_gradient(
         else:
             gradient -= (d * uniform_smoothing)[:, None]
     if SOFTCAP:
-        gradient *= cap_derivative(z, softcap)
+        gradient *= slope
     return gradient
 
 
@@ -116,13 +115,13 @@ def stored_gradient_kernel(
     exists = (first_column + column < vocabulary)[None, :]
     share = tl.load(place, mask=counts[:, None] & exists, other=0.0).to(tl.float32)
     below = share
-    z = share
+    slope = share
     if B | SOFTCAP:
         log2_in_tile = tl.where(share == 0, -float("inf"), tl.log2(share))
         below = (log2_in_tile + tile_log_sum[:, None]) * LN2 + (tile_peak - row_peak)[:, None]
     if SOFTCAP:  # what underflowed in the tile is no lower than the cap
         z = below + row_peak[:, None]
-        z = tl.where(z < -softcap, -softcap, z)
+        slope = slope_at_capped(tl.where(z < -softcap, -softcap, z), softcap)
     coefficient_a = tl.load(a + origin, mask=counts, other=0.0)
     coefficient_b = coefficient_a
     coefficient_d = coefficient_a
@@ -133,7 +132,7 @@ def stored_gradient_kernel(
     dz = softmax_gradient(
         share * tl.exp2(log2_share(tile_peak, tile_log_sum, row_peak, row_log_sum))[:, None],
         below,
-        z,
+        slope,
         coefficient_a,
         coefficient_b,
         coefficient_d,
@@ -141,7 +140,6 @@ def stored_gradient_kernel(
         uniform_smoothing,
         first_column + tl.program_id(1) * BLOCK,
         vocabulary,
-        softcap,
         B,
         SMOOTH,
         SMOOTH_VECTOR,
@@ -199,7 +197,7 @@ def target_entries_kernel(
             weight = tl.load(smoothing + t, mask=here, other=0.0)
         entry -= tl.load(d + origin, mask=here, other=0.0) * weight
     if SOFTCAP:
-        entry *= cap_derivative(z, softcap)
+        entry *= slope_at_capped(z, softcap)
     place = gradient + row.to(tl.int64) * stride + (t - first_column)
     tl.store(place, entry.to(gradient.dtype.element_ty), mask=here)
 

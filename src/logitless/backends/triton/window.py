@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from logitless.backends.triton.primitives import LOG2E, logits, multiply_add, tile_position
+from logitless.backends.triton.primitives import LOG2E, logits_and_slope, multiply_add, tile_position
 from logitless.backends.triton.softmax_gradient import softmax_gradient
 
 
@@ -70,12 +70,14 @@ def window_gradient_kernel(
             coefficient_b = tl.load(b + origin, mask=valid, other=0.0)
         if SMOOTH:
             coefficient_d = tl.load(d + origin, mask=valid, other=0.0)
-        z = logits(products, bias, column, end_column, scale, softcap, BIAS, SOFTCAP)
+        z, slope = logits_and_slope(  # pyright: ignore
+            products, bias, column, end_column, scale, softcap, BIAS, SOFTCAP
+        )
         below = z - row_peak[:, None]
         dz = softmax_gradient(
             tl.exp2(below * LOG2E - row_log_sum[:, None]),
             below,
-            z,
+            slope,
             coefficient_a,
             coefficient_b,
             coefficient_d,
@@ -83,7 +85,6 @@ def window_gradient_kernel(
             uniform_smoothing,
             column,
             end_column,
-            softcap,
             B,
             SMOOTH,
             SMOOTH_VECTOR,
