@@ -123,6 +123,27 @@ def test_target_out_of_range_in_a_graph_is_nan():
         logitless.check_targets(target, VOCABULARY)
 
 
+@pytest.mark.parametrize("upstream", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize(("backend", "forced"), BACKENDS)
+def test_upstream_gradient_that_is_not_finite(backend, forced, upstream):
+    """As in plain PyTorch: it reaches every gradient but those of hidden states whose target is ignored."""
+
+    def loss(input, weight, target, bias):
+        return logitless.linear_cross_entropy(input, weight, target, linear_bias=bias, backend=backend)
+
+    input, weight, target, bias = inputs(bias=True)
+    whole = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with demanded(forced):
+        of_input, of_weight, of_bias = torch.autograd.grad(
+            whole(input, weight, target, bias), (input, weight, bias), torch.tensor(upstream)
+        )
+    ignored = target == -100
+    assert not of_input[ignored].any()
+    assert not of_input[~ignored].isfinite().any()
+    assert not of_weight.isfinite().any()
+    assert not of_bias.isfinite().any()
+
+
 # An operator's outputs are compared bit for bit, with what it leaves for its gradient among them. Sizes that need no
 # padding, and rows that all count, leave nothing unwritten there.
 PADDED_TOKENS, PADDED_VOCABULARY = 48, 512

@@ -58,6 +58,18 @@ def test_forward_mode_is_refused(name):
             logitless.linear_cross_entropy(**given, target=torch.arange(TOKENS))
 
 
+def test_forward_mode_is_refused_when_compiled():
+    """A compiler shows tensors without their tangents."""
+    hidden, weight = operands()
+    compiled = torch.compile(loss_of, backend="aot_eager")
+    assert compiled(hidden, weight).isfinite()
+    with forward_ad.dual_level():
+        tangent = forward_ad.make_dual(hidden, torch.ones_like(hidden))
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation is not supported, and input"):
+            compiled(tangent, weight)
+    assert compiled(hidden, weight).isfinite()
+
+
 def test_forward_mode_of_something_else_is_allowed():
     with forward_ad.dual_level():
         forward_ad.make_dual(torch.ones(2), torch.ones(2))

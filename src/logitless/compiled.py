@@ -19,7 +19,7 @@ import torch
 from logitless import backends, planning
 from logitless.backends.contract import Gradients, Shape, Statistics
 from logitless.objective import LossObjective, StatisticsObjective
-from logitless.operators import Call, differentiate, evaluate
+from logitless.operators import Call, differentiate, evaluate, of_valid_rows
 from logitless.options import HeadOptions, LossOptions, Scan
 from logitless.schedules import Forced
 
@@ -316,9 +316,10 @@ def _backward(ctx: Any, upstream: list[torch.Tensor | None]) -> tuple[torch.Tens
     grads = [grad for grad in upstream[: ctx.count] if grad is not None]
     wants, of = read.settings.wants, tensors[:3]
     if ctx.prepared:  # for an upstream gradient of 1
+        scales = (of_valid_rows(grads[0], tensors[4]), grads[0], grads[0])
+        wanted = [(tensor, scale) for tensor, scale, want in zip(of, scales, wants, strict=True) if want]
         results = [
-            (gradient * grads[0]).to(tensor.dtype)
-            for gradient, tensor in zip(saved, (t for t, want in zip(of, wants, strict=True) if want), strict=True)
+            (gradient * scale).to(tensor.dtype) for gradient, (tensor, scale) in zip(saved, wanted, strict=True)
         ]
     else:
         results = linear_head_backward(grads, given, *tensors, saved, ctx.text)

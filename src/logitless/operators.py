@@ -311,7 +311,8 @@ def _gradients(
     if shard is not None and gradients.hidden is not None:
         spread = gradients.hidden if shard.layout.rows is None else call.spread(gradients.hidden)
         gradients.hidden = shard.layout.summed(spread)
-    packed = _handed_on(gradients, "hidden", scale, hidden.dtype)
+    valid = call.counted if shard is None or call.counted is None else shard.layout.own_rows(call.counted)
+    packed = _handed_on(gradients, "hidden", of_valid_rows(scale, valid), hidden.dtype)
     if packed is not None and (shard is None or shard.layout.rows is None):
         packed = call.spread(packed)
     if packed is not None and shard is None:
@@ -337,9 +338,14 @@ def _handed_on(gradients: Gradients, name: str, scale: torch.Tensor | None, dtyp
     return None if gradient is None else scaled(gradient, scale, dtype)
 
 
+def of_valid_rows(scale: torch.Tensor | None, valid: torch.Tensor | None) -> torch.Tensor | None:
+    """A 0-d scale as one for each row, [N, 1], that is 0 where rows do not count: the scale may be NaN or infinite."""
+    return scale if scale is None or valid is None else torch.where(valid, scale, 0)[:, None]
+
+
 def scaled(gradient: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """A gradient times a 0-d scale, rounded once; on an accelerator in one pass, without asking for the scale."""
-    if scale is None or (scale.device.type == "cpu" and scale.item() == 1):
+    """A gradient times a scale, rounded once; on an accelerator in one pass, without asking for the scale."""
+    if scale is None or (scale.device.type == "cpu" and scale.ndim == 0 and scale.item() == 1):
         return gradient.to(dtype)
     if gradient.dtype == dtype:
         return gradient.mul_(scale)

@@ -67,6 +67,10 @@ class Layout:
         inside = (target >= self.first) & (target < self.first + self.sizes[self.rank])
         return torch.where(inside, target - self.first, 0), inside
 
+    def own_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """[R] those of this rank's rows, of [N] values for all; the same where rows are not sharded."""
+        return values if self.rows is None else values.split(self.rows)[self.rank]
+
     def gathered(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, D] hidden states of all ranks: one all-gather, if they are sharded."""
         if self.rows is None or sum(self.rows) == 0:

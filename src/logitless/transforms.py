@@ -19,7 +19,7 @@ FUNCTION_TRANSFORMS = (
     "torch.nn.functional.cross_entropy on logits where a transform is needed"
 )
 FORWARD_MODE = (
-    "logitless: forward-mode differentiation is not supported, and {name} has a tangent; use torch.autograd.grad or "
+    "logitless: forward-mode differentiation is not supported, and {name} {has} a tangent; use torch.autograd.grad or "
     "backward(), or compute this loss with torch.nn.functional.cross_entropy on logits"
 )
 TORCH_SCRIPT = (
@@ -50,11 +50,16 @@ def check_transforms() -> None:
 def check_differentiation(name: str, tensor: torch.Tensor) -> None:
     """Refuse a tensor with a tangent, which a result would silently lack.
 
+    A compiler shows tensors without their tangents: there, a level of forward-mode differentiation is refused at all.
+
     Raises:
         NotImplementedError: it has one.
     """
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise NotImplementedError(FORWARD_MODE.format(name=name))
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(FORWARD_MODE.format(name=name, has="may have"))
+    elif forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(FORWARD_MODE.format(name=name, has="has"))
 
 
 def check_upstream(*upstream: torch.Tensor | None) -> None:
