@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import logitless
 import plain
@@ -374,6 +377,103 @@ def test_ignored_rows_may_hold_anything(implementation):
     loss_baseline(problem).check(loss_and_gradients(implementation.linear_cross_entropy, spoiled))
 
 
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def normal(*size: int, seed: int) -> Tensor:
+    return torch.randn(size, generator=generator(seed))
+
+
+def spoilt_row(value: float, bias: float = 0.0) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """One hidden state of one row is not finite; beside it one entry of the bias is large."""
+
+    def spoil(hidden: Tensor, weight: Tensor, entries: Tensor) -> None:
+        del weight
+        hidden[2, 3], entries[7] = value, bias
+
+    return spoil
+
+
+def spoilt_entry(value: float) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """One weight of an entry of the vocabulary, and the bias of another."""
+
+    def spoil(hidden: Tensor, weight: Tensor, entries: Tensor) -> None:
+        del hidden
+        weight[7, 3] = entries[200] = value
+
+    return spoil
+
+
+def masked_entries(hidden: Tensor, weight: Tensor, entries: Tensor) -> None:
+    del hidden, weight
+    entries[:130], entries[200] = -torch.inf, -torch.inf
+
+
+def all_masked(hidden: Tensor, weight: Tensor, entries: Tensor) -> None:
+    del hidden, weight
+    entries.fill_(-torch.inf)
+
+
+SPOILT = {
+    "nan row": spoilt_row(torch.nan),
+    "infinite row": spoilt_row(torch.inf),
+    "infinite row, large bias": spoilt_row(-torch.inf, bias=1e30),
+    "nan row, large bias": spoilt_row(torch.nan, bias=1e30),
+    "nan entries": spoilt_entry(torch.nan),
+    "infinite entries": spoilt_entry(torch.inf),
+    "masked entries": masked_entries,
+    "all entries masked": all_masked,
+}
+
+
+def kinds(tensor: Tensor) -> Tensor:
+    """Finite, NaN, infinite, minus infinite."""
+    return torch.stack([tensor.isnan(), tensor == torch.inf, tensor == -torch.inf])
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *ESTIMATES], ids=str)
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.0, None), (0.75, 5.0), (0.0, 5.0)])
+@pytest.mark.parametrize("spoiler", SPOILT)
+def test_what_is_not_finite_poisons_what_it_does_in_plain_pytorch(spoiler, scale, softcap, implementation):
+    """Zero times NaN is NaN, whether it is the scale, the slope of a cap that saturates, or a library's shortcut.
+
+    A scan in eight bits has no number for what is infinite: more may be NaN there, and nothing less.
+    """
+    leaves = [normal(6, 16, seed=0), normal(300, 16, seed=1) / 4, normal(300, seed=2)]
+    SPOILT[spoiler](*leaves)
+    target = torch.randint(210, 300, (6,), generator=generator(3))
+    plain = [leaf.clone().requires_grad_() for leaf in leaves]
+    z = scale * (plain[0] @ plain[1].T) + plain[2]
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    expected = F.cross_entropy(z, target, reduction="sum")
+    ours = [leaf.clone().requires_grad_() for leaf in leaves]
+    given = implementation.linear_cross_entropy(
+        *ours[:2], target, linear_bias=ours[2], reduction="sum", logit_scale=scale, softcap=softcap
+    )
+    found = (given.detach(), *torch.autograd.grad(given, ours))
+    right = (expected.detach(), *torch.autograd.grad(expected, plain))
+    for name, value, plainly in zip(("loss", "hidden", "weight", "bias"), found, right, strict=True):
+        if implementation in ESTIMATES:
+            assert not (value.isfinite() & ~plainly.isfinite()).any(), name
+        else:
+            assert torch.equal(kinds(value), kinds(plainly)), name
+
+
+@each_any_upstream
+def test_entropy_of_a_row_that_is_not_finite(implementation):
+    """NaN, as are the gradients that it reaches."""
+    hidden, weight = normal(6, 16, seed=0), normal(300, 16, seed=1).requires_grad_()
+    hidden[2, 3] = torch.nan
+    target = torch.randint(300, (6,), generator=generator(3))
+    entropy = implementation.token_statistics(hidden.requires_grad_(), weight, target, outputs=("entropy",)).entropy
+    assert entropy.isnan().nonzero().tolist() == [[2]]
+    of_hidden, of_weight = torch.autograd.grad(entropy.sum(), (hidden, weight))
+    assert of_hidden[2].isnan().all()
+    assert not of_hidden[[0, 1, 3, 4, 5]].isnan().any()
+    assert of_weight.isnan().all()
+
+
 # --- what is differentiated -------------------------------------------------------------------------------------------
 
 
@@ -492,6 +592,18 @@ def test_backward_again_through_the_same_graph(implementation, reduction):
     for once, again, twice in zip(kept, second, doubled, strict=True):
         torch.testing.assert_close(again, once)
         torch.testing.assert_close(twice, 2 * once)
+
+
+@each_implementation
+def test_backward_again_with_large_logits(implementation):
+    """Rounded to 16 bits they are off by up to 0.5: a pass that rounds others than the first would be by e^0.5."""
+    problem = random_problem(13, 24, 203).to(torch.float16)
+    leaves = [(64 * problem.input.detach()).requires_grad_(), problem.linear_weight]
+    loss = implementation.linear_cross_entropy(leaves[0], leaves[1], problem.target)
+    first = [gradient.float() for gradient in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    second = [gradient.float() for gradient in torch.autograd.grad(loss, leaves)]
+    for once, again in zip(first, second, strict=True):
+        assert (again - once).norm() <= 2.0**-9 * once.norm()
 
 
 @each_implementation

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 import logitless
-from implementations import KERNELS
 from kernels import (
     DEVICE,
     DTYPES,
@@ -1006,107 +1004,6 @@ def test_fp32_precision_does_not_reach_16_bits(schedule, dtype):
     for name, value in expected.items():
         if isinstance(value, Tensor):
             assert torch.equal(value, given[name]), name
-
-
-# --- numbers that are not finite --------------------------------------------------------------------------------------
-
-
-def spoilt_row(value: float, bias: float = 0.0) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """One hidden state of one row is not finite; beside it one entry of the bias is large."""
-
-    def spoil(hidden: Tensor, weight: Tensor, entries: Tensor) -> None:
-        del weight
-        hidden[2, 3], entries[7] = value, bias
-
-    return spoil
-
-
-def spoilt_entry(value: float) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """One weight of an entry of the vocabulary, and the bias of another."""
-
-    def spoil(hidden: Tensor, weight: Tensor, entries: Tensor) -> None:
-        del hidden
-        weight[7, 3] = entries[200] = value
-
-    return spoil
-
-
-def masked_entries(hidden: Tensor, weight: Tensor, entries: Tensor) -> None:
-    del hidden, weight
-    entries[:130], entries[200] = -torch.inf, -torch.inf
-
-
-SPOILT = {
-    "nan row": spoilt_row(NAN),
-    "infinite row": spoilt_row(torch.inf),
-    "infinite row, large bias": spoilt_row(-torch.inf, bias=1e30),
-    "nan row, large bias": spoilt_row(NAN, bias=1e30),
-    "nan entries": spoilt_entry(NAN),
-    "infinite entries": spoilt_entry(torch.inf),
-    "masked entries": masked_entries,
-}
-
-
-def kinds(tensor: Tensor) -> Tensor:
-    """Finite, NaN, infinite, minus infinite."""
-    return torch.stack([tensor.isnan(), tensor == torch.inf, tensor == -torch.inf])
-
-
-@pytest.mark.parametrize("implementation", KERNELS, ids=str)
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.0, None), (0.75, 5.0), (0.0, 5.0)])
-@pytest.mark.parametrize("spoiler", SPOILT)
-def test_what_is_not_finite_poisons_what_it_does_in_plain_pytorch(spoiler, scale, softcap, implementation):
-    """Zero times NaN is NaN, whether it is the scale, the slope of a cap that saturates, or a library's shortcut."""
-    leaves = [values(6, 16), values(300, 16, seed=1) / 2, values(300, seed=2)]
-    SPOILT[spoiler](*leaves)
-    target = torch.randint(210, 300, (6,), generator=generator(3)).to(DEVICE)
-    plain = [leaf.clone().requires_grad_() for leaf in leaves]
-    z = scale * (plain[0] @ plain[1].T) + plain[2]
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    expected = torch.nn.functional.cross_entropy(z, target, reduction="sum")
-    ours = [leaf.clone().requires_grad_() for leaf in leaves]
-    with implementation.forced():
-        given = logitless.linear_cross_entropy(
-            *ours[:2],
-            target,
-            linear_bias=ours[2],
-            reduction="sum",
-            logit_scale=scale,
-            softcap=softcap,
-            backend="triton",
-            gradient=implementation.gradient,
-        )
-    found = (given.detach(), *torch.autograd.grad(given, ours))
-    for name, value, right in zip(
-        ("loss", "hidden", "weight", "bias"),
-        found,
-        (expected.detach(), *torch.autograd.grad(expected, plain)),
-        strict=True,
-    ):
-        assert torch.equal(kinds(value), kinds(right)), name
-
-
-@pytest.mark.parametrize("implementation", [kernel for kernel in KERNELS if kernel.any_upstream], ids=str)
-def test_entropy_of_a_row_that_is_not_finite(implementation):
-    """NaN, as are the gradients that it reaches."""
-    hidden, weight = values(6, 16), values(300, 16, seed=1).requires_grad_()
-    hidden[2, 3] = NAN
-    target = torch.randint(300, (6,), generator=generator(3)).to(DEVICE)
-    with implementation.forced():
-        entropy = logitless.token_statistics(
-            hidden.requires_grad_(),
-            weight,
-            target,
-            outputs=("entropy",),
-            backend="triton",
-            gradient=implementation.gradient,
-        ).entropy
-    assert entropy.isnan().nonzero().tolist() == [[2]]
-    of_hidden, of_weight = torch.autograd.grad(entropy.sum(), (hidden, weight))
-    assert of_hidden[2].isnan().all()
-    assert not of_hidden[[0, 1, 3, 4, 5]].isnan().any()
-    assert of_weight.isnan().all()
 
 
 # --- compilation ------------------------------------------------------------------------------------------------------

@@ -318,9 +318,7 @@ def _backward(ctx: Any, upstream: list[torch.Tensor | None]) -> tuple[torch.Tens
     if ctx.prepared:  # for an upstream gradient of 1
         scales = (of_valid_rows(grads[0], tensors[4]), grads[0], grads[0])
         wanted = [(tensor, scale) for tensor, scale, want in zip(of, scales, wants, strict=True) if want]
-        results = [
-            (gradient * scale).to(tensor.dtype) for gradient, (tensor, scale) in zip(saved, wanted, strict=True)
-        ]
+        results = [(gradient * scale).to(tensor.dtype) for gradient, (tensor, scale) in zip(saved, wanted, strict=True)]
     else:
         results = linear_head_backward(grads, given, *tensors, saved, ctx.text)
     results = iter(results)

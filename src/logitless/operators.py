@@ -299,9 +299,13 @@ def _gradients(
     if all(grad is None for grad in upstream):
         return None, None, None
     scale: torch.Tensor | None = None
-    if ctx.prepared is not None:
+    if call.plan.strategy == "chunked":
         (scale,) = upstream
-        gradients: Gradients = ctx.prepared
+        prepared = ctx.prepared
+        if prepared is None:  # a second backward pass; statistics hold for the logits as that pass rounds them
+            _, _, prepared = evaluate(call, hidden, weight, bias, target)
+        assert prepared is not None
+        gradients: Gradients = prepared
         ctx.prepared = None
     else:
         gradients = differentiate(call, hidden, weight, bias, target, ctx.statistics, upstream)

@@ -82,3 +82,16 @@ def inclusion_weights(
     first = passed[:, :1] > 0
     kept = torch.cat((first, passed[:, 1:] > passed[:, :-1]), 1)
     return torch.where(kept, 1 / probability, 0.0)
+
+
+def poisoned_rows(
+    logsumexp: torch.Tensor,  # [N]
+    a: torch.Tensor,  # [N]
+    counted: torch.Tensor | None,  # [N] bool
+) -> torch.Tensor:
+    """[N] which rows' gradients of logits are NaN: all of the weight's gradient is to be, as of exact gradients.
+
+    Such a row has no masses to choose blocks by, and lists its target's alone. ``a`` is the coefficient of the softmax.
+    """
+    poisoned = ~logsumexp.isfinite() | a.isnan()
+    return poisoned if counted is None else poisoned & counted

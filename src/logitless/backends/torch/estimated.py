@@ -112,5 +112,6 @@ def _smooth_logit(
             total += problem.bias.to(total.dtype) @ smoothing
         return total - statistics.peak * smoothing.sum()
     assert statistics.smooth_logit is not None
-    assert change is not None
+    if change is None:  # there are no rows
+        return statistics.smooth_logit
     return statistics.smooth_logit.index_add(0, pairs.rows.long(), change)

@@ -37,7 +37,7 @@ from logitless.backends.torch.running import RunningStatistics
 from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights, weighted_hidden
 from logitless.backends.torch.tiles import Projection, RowValues, slices
 from logitless.options import BLOCK
-from logitless.sampling import block_count, inclusion_weights, kept_pairs_bound, mix_in_smoothing
+from logitless.sampling import block_count, inclusion_weights, kept_pairs_bound, mix_in_smoothing, poisoned_rows
 
 # Rows of a group are padded with zeros to a multiple of this: the CPU's library compiles a product for each new shape,
 # which takes longer than a small product itself (0.57 ms against 0.12 ms at D=768 in bf16).
@@ -183,6 +183,10 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
                 gradients.weight[columns] += weight_sum
             else:
                 gradients.weight[columns] = weight_sum
+    if poisoned_rows(statistics.logsumexp, coefficients.a, problem.counted).any():
+        for gradient in (gradients.weight, gradients.bias):
+            if gradient is not None:
+                gradient.fill_(torch.nan)
     if adds:
         gradients.weight = None
     if gradients.hidden is not None:
@@ -243,6 +247,7 @@ class Group:
         self.hidden[count:].zero_()
         self.trained = self.hidden[:, self._trained_columns]
         self._raw = self._projection.multiply(self.hidden, columns, self._buffer)
+        self._raw[count:].zero_()  # zero times a weight that is not finite
         self._projection.softmax_gradient_(self._raw[:count], columns, self._values.rows(pairs), bias_gradient)
         hits = slice(bisect_left(self._hit_list, pairs.start), bisect_left(self._hit_list, pairs.stop))
         self._at_targets = (self._hits[hits] - pairs.start, self._local[hits])

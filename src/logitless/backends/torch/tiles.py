@@ -272,7 +272,7 @@ class Projection:
                 unit = rows.log_sum.neg().exp_()
             else:
                 total = z.sum(1)
-                unit = torch.where(total == 0, 0.0, rows.share / total)
+                unit = torch.where(total == 0, rows.share, rows.share / total)  # 0, or NaN as all of the row
             if factor is None:
                 z.mul_((unit * c.a)[:, None])
             else:

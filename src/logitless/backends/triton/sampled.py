@@ -31,7 +31,7 @@ from logitless.backends.triton.pairs import (
 from logitless.backends.triton.quantise import Rounding
 from logitless.backends.triton.selection import GROUP, Kept, Selection, smoothing_shares
 from logitless.options import BLOCK
-from logitless.sampling import block_count
+from logitless.sampling import block_count, poisoned_rows
 
 # Programs a multiprocessor of the persistent kernels: as many as shared memory has room for, and as keep up additions.
 GRADIENT_PROGRAMS, HIDDEN_PROGRAMS, ELEMENTWISE_PROGRAMS = 2, 4, 8
@@ -91,22 +91,12 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
         d = torch.where(problem.counted, d, 0.0)
     gradients = Gradients(None, None, None)
     if shape.weight_gradient or shape.bias_gradient:
-        poison = _poison(problem, statistics, coefficients)
+        poisoned = poisoned_rows(statistics.logsumexp, coefficients.a, problem.counted)
+        poison = torch.where(poisoned, torch.nan, 0.0).sum()
         gradients.weight, gradients.bias = grouped.weight_gradient(gradient, d, poison)
     if shape.hidden_gradient:
         gradients.hidden = grouped.hidden_gradient(gradient, d)
     return gradients
-
-
-def _poison(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> torch.Tensor:
-    """0-d NaN if the gradient of some row's logits is, since all of the weight's has a part of it; else 0.
-
-    Such a row has no masses to choose pairs by, and lists its target's block alone.
-    """
-    poisoned = ~statistics.logsumexp.isfinite() | coefficients.a.isnan()
-    if problem.counted is not None:
-        poisoned &= problem.counted
-    return torch.where(poisoned, torch.nan, 0.0).sum()
 
 
 class _Grouped:
