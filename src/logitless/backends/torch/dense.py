@@ -337,3 +337,4 @@ def add_target_rows(
     for rows in slices(target.shape[0], TARGET_ROWS):
         weight = problem.weight[target[rows]].to(problem.shape.compute_dtype)
         accumulator[rows].addcmul_(weight.to(accumulator.dtype), entries[rows, None])
+        del weight  # before the next rows are gathered
