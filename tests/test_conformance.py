@@ -368,6 +368,17 @@ def test_normalizer_as_number_or_tensor(implementation, normalizer):
 
 
 @each_implementation
+@pytest.mark.parametrize("cap", [2.0**-6, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cap_that_saturates(implementation, reduction, dtype, cap):
+    """Logits are many times the cap, whose derivative is next to nothing, but for a few."""
+    skip_unless_serves(implementation, reduction)
+    problem = replace(BUSY, dtype=dtype, reduction=reduction, softcap=cap).problem()
+    loss_baseline(problem).check(loss_and_gradients(implementation.linear_cross_entropy, problem))
+
+
+@each_implementation
 def test_ignored_rows_may_hold_anything(implementation):
     """A hidden state that is not finite at an ignored token reaches neither the loss nor any gradient."""
     problem = replace(BUSY, dtype=torch.float32).problem()

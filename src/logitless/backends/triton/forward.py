@@ -117,13 +117,14 @@ def scan_kernel(
     PREDICT: tl.constexpr,
     RANK: tl.constexpr,
     STORE: tl.constexpr,
+    LOGITS: tl.constexpr,
     SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Statistics of each row within each block of BLOCK columns, from the first to the end, for rows below the count.
 
     Grid: ``programs`` persistent programs, each a walk over tiles of [BM, BN]; no tile lies past the count of rows.
-    With STORE the tile's own softmax is written too, rounded to its tensor's dtype; BLOCK = BN.
+    With STORE the tile's own softmax is written too, with LOGITS its logits, rounded to the tensor's dtype; BLOCK = BN.
     With SCALED operands are in units of their rows' scales, and each row's shift is added to its products.
     Precision: products accumulate in fp32, everything after is fp32. Deterministic: no order between tiles matters;
     ranks are sums of integers.
@@ -164,6 +165,8 @@ def scan_kernel(
             if STORE:
                 probability, peak, log_sum = softmax_in_tile(z, column, vocabulary)
                 inside = column - first_column
+                if LOGITS:
+                    probability = z
                 box = tl.reshape(probability.to(softmax.dtype), (1, BM, BN))
                 softmax.store([inside // window, row, inside % window], box)
             else:

@@ -90,6 +90,10 @@ class Launcher:
         self._uniform = problem.smoothing if isinstance(problem.smoothing, float) else 0.0
         self._head: dict[str, Any] = {"BIAS": problem.bias is not None, "SOFTCAP": problem.head.softcap is not None}
         self.block = table_block(self.shape, self._index)
+        # The cap's derivative follows from logits, as these from a softmax: off by the rounding of that over the cap.
+        # In 16 bits capped logits are off by less than their softmax where the cap is less than 1.
+        cap = problem.head.softcap
+        self.keeps_logits = cap is not None and (self.dtype == torch.float32 or cap < 1)
 
     def tile(self, kind: tiles.Kind) -> tiles.Tile:
         """The tile of a kernel on this device."""
@@ -130,7 +134,7 @@ class Launcher:
         rank: torch.Tensor | None = None,  # [N]
         rounded: tuple[Rounded, Rounded] | None = None,
     ) -> None:
-        """Fill the tables' tiles of some columns; keep the tiles' softmax in ``softmax`` where given.
+        """Fill the tables' tiles of some columns; keep the tiles' softmax, or logits, in ``softmax`` where given.
 
         With ``rank``, count the logits above the target's there instead. With ``rounded`` hidden states and weight, the
         product is theirs.
@@ -189,6 +193,7 @@ class Launcher:
             PREDICT=tables.largest is not None,
             RANK=rank is not None,
             STORE=softmax is not None,
+            LOGITS=softmax is not None and self.keeps_logits,
             SCALED=rounded is not None,
             PRECISION=input_precision(self.dtype if rounded is None else rounded[0].values.dtype),
             num_warps=tile.warps,
@@ -247,7 +252,7 @@ class Launcher:
 
     def stored_gradient(
         self,
-        softmax: torch.Tensor,  # [R, U] of a window
+        softmax: torch.Tensor,  # [R, U] of a window, or logits, as ``scan`` kept them
         gradient: torch.Tensor,  # [R, U]
         sums: torch.Tensor,  # [2, T, R] of ``Tables``
         first_row: int,
@@ -286,6 +291,7 @@ class Launcher:
             BLOCK=self.block,
             **flags,
             SOFTCAP=self._head["SOFTCAP"],
+            LOGITS=self.keeps_logits,
             num_warps=4,
         )
         self._target_entries(gradient, first_row, columns, statistics, coefficients)

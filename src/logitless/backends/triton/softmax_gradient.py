@@ -67,7 +67,7 @@ def target_entry(log_p, a, c):
 
 @triton.jit
 def stored_gradient_kernel(
-    softmax,  # [N, softmax_stride] softmax within each tile
+    softmax,  # [N, softmax_stride] softmax within each tile, logits where LOGITS
     gradient,  # [N, gradient_stride] written; may be the same memory
     peaks,  # [T, table_stride] fp32 of each tile of BLOCK columns
     log_sums,  # [T, table_stride] fp32
@@ -94,11 +94,13 @@ def stored_gradient_kernel(
     SMOOTH: tl.constexpr,
     SMOOTH_VECTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    LOGITS: tl.constexpr,
 ):
     """Gradient of the logits from the softmax within tiles: one read, one write, no exponential per entry.
 
     p = tile's softmax * the tile's share of the row; where a logit is needed it follows from the logarithm of the
-    tile's softmax. Rows that do not count become zero. Grid: tiles of ROWS x BLOCK, rows first.
+    tile's softmax. With LOGITS p is made of these. Rows that do not count become zero. Grid: tiles of ROWS x BLOCK,
+    rows first.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = first_column // BLOCK + tl.program_id(1)
@@ -116,10 +118,16 @@ def stored_gradient_kernel(
     share = tl.load(place, mask=counts[:, None] & exists, other=0.0).to(tl.float32)
     below = share
     slope = share
-    if B | SOFTCAP:
+    if LOGITS:
+        below = share - row_peak[:, None]
+        slope = slope_at_capped(share, softcap)
+        p = tl.exp2(below * LOG2E - row_log_sum[:, None])
+    else:
+        p = share * tl.exp2(log2_share(tile_peak, tile_log_sum, row_peak, row_log_sum))[:, None]
+    if (B | SOFTCAP) & (not LOGITS):
         log2_in_tile = tl.where(share == 0, -float("inf"), tl.log2(share))
         below = (log2_in_tile + tile_log_sum[:, None]) * LN2 + (tile_peak - row_peak)[:, None]
-    if SOFTCAP:  # what underflowed in the tile is no lower than the cap
+    if SOFTCAP & (not LOGITS):  # what underflowed in the tile is no lower than the cap
         z = below + row_peak[:, None]
         slope = slope_at_capped(tl.where(z < -softcap, -softcap, z), softcap)
     coefficient_a = tl.load(a + origin, mask=counts, other=0.0)
@@ -130,7 +138,7 @@ def stored_gradient_kernel(
     if SMOOTH:
         coefficient_d = tl.load(d + origin, mask=counts, other=0.0)
     dz = softmax_gradient(
-        share * tl.exp2(log2_share(tile_peak, tile_log_sum, row_peak, row_log_sum))[:, None],
+        p,
         below,
         slope,
         coefficient_a,
