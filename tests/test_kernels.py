@@ -42,7 +42,7 @@ from logitless.backends.contract import AffineCoefficients, Coefficients, Gradie
 from logitless.backends.triton import rowwise
 from logitless.backends.triton.dense import new_statistics, padded
 from logitless.backends.triton.launch import COMBINED_BLOCKS, Launcher, Tables, input_precision
-from logitless.backends.triton.primitives import logits_and_slope, nearest_tf32, slope_at_capped, tanh
+from logitless.backends.triton.primitives import LEAST_SLOPE, logits_and_slope, nearest_tf32, slope_at_capped, tanh
 from logitless.backends.triton.rows import RowOrder, gather_rows, order_rows, scatter_rows
 from logitless.backends.triton.rowwise import gradient_in_place, scale_rows
 from logitless.backends.triton.softmax_gradient import sum_columns
@@ -216,7 +216,7 @@ def slopes_kernel(source, slope, at_capped, cap, count, block: tl.constexpr):
     z = tl.load(source + place, mask=place < count, other=0.0)
     capped, given = logits_and_slope(z, source, 0, count, 1.0, cap, False, True)
     tl.store(slope + place, given, mask=place < count)
-    tl.store(at_capped + place, slope_at_capped(capped, cap), mask=place < count)
+    tl.store(at_capped + place, slope_at_capped(capped, cap, LEAST_SLOPE), mask=place < count)
 
 
 @pytest.mark.parametrize("cap", [1.0, 5.0, 30.0, 1 / 3])
@@ -542,13 +542,13 @@ def check_logits_gradient(problem: Problem, coefficients: Coefficients, gradient
         )
 
 
-def softmax_in_tiles(launcher: Launcher, problem: Problem) -> tuple[Tensor, Tensor]:
-    """[N, V] softmax within tiles and [2, T, N] their sums, in packed order, NaN for rows that do not count."""
+def kept_tiles(launcher: Launcher, problem: Problem) -> tuple[Tensor, Tensor]:
+    """[N, V] what a storing scan keeps and [2, T, N] the tiles' sums, packed; NaN in rows that do not count."""
     z = logits(problem, torch.float64)[launcher.rows.order.long()]
     z[int(launcher.rows.count) :] = NAN
     tiles = z.split(launcher.block, 1)
     softmax = torch.cat([torch.where(tile == -torch.inf, 0, tile.softmax(1)) for tile in tiles], 1)
-    return softmax, sums_in_tiles(z, launcher.block).float()
+    return z if launcher.keeps_logits else softmax, sums_in_tiles(z, launcher.block).float()
 
 
 def sums_in_tiles(z: Tensor, block: int) -> Tensor:
@@ -569,10 +569,10 @@ def test_gradient_from_kept_softmax(head, given):
     problem = head.problem(TOKENS, 24, VOCABULARY)
     launcher, counts = Launcher(problem), counting(problem)
     coefficients = random_coefficients(TOKENS, **COEFFICIENTS[given])
-    softmax, table = softmax_in_tiles(launcher, problem)
+    tiles, table = kept_tiles(launcher, problem)
     kept = torch.full((TOKENS, 320), 7.0, dtype=head.dtype, device=DEVICE)
     width = WINDOW.stop - WINDOW.start
-    kept[:, :width] = softmax[:, WINDOW]
+    kept[:, :width] = tiles[:, WINDOW]
     spoilt, statistics = spoil_others(coefficients, counts), exact_statistics(problem)
     beside = torch.full((TOKENS, width + 3), 7.0, dtype=head.dtype, device=DEVICE)
     for gradient in (beside, kept):
@@ -587,8 +587,8 @@ def test_gradient_from_kept_softmax_of_a_chunk():
     problem = GRADIENT_HEADS[3].problem(TOKENS, 24, VOCABULARY)
     launcher, counts = Launcher(problem), counting(problem)
     coefficients = random_coefficients(TOKENS)
-    softmax, table = softmax_in_tiles(launcher, problem)
-    gradient = softmax.float()
+    tiles, table = kept_tiles(launcher, problem)
+    gradient = tiles.float()
     for first in range(0, TOKENS, 7):
         rows = slice(first, min(first + 7, TOKENS))
         launcher.stored_gradient(
@@ -633,8 +633,8 @@ def test_target_is_subtracted_before_rounding(how):
     coefficients = Coefficients(a=one, b=None, c=one, d=None)
     gradient = torch.empty(TOKENS, 832, dtype=torch.float16, device=DEVICE)[:, :VOCABULARY]
     if how == "kept":
-        softmax, table = softmax_in_tiles(launcher, problem)
-        gradient.copy_(softmax)
+        tiles, table = kept_tiles(launcher, problem)
+        gradient.copy_(tiles)
         everything = slice(0, VOCABULARY)
         launcher.stored_gradient(gradient, gradient, table, 0, everything, exact_statistics(problem), coefficients)
     else:
@@ -908,17 +908,6 @@ def test_gradients_wanted_alone(schedule):
             given = getattr(gradients, name)
             assert (given is not None) == (name == only)
             assert given is None or torch.equal(given, getattr(together, name)), name
-
-
-def test_backward_again_recomputes():
-    """Residuals are used up by one backward pass; without them everything is recomputed."""
-    schedule = "lodged"
-    problem = GRADIENT_HEADS[3].problem(TOKENS, HIDDEN, VOCABULARY, schedule_statistics(schedule))
-    coefficients = schedule_coefficients(schedule)
-    statistics = backend.forward(problem, SCHEDULES[schedule], None)
-    for residuals in (statistics.residuals, ()):
-        left = statistics.leaving(residuals)
-        check_gradients(problem, coefficients, backend.backward(problem, SCHEDULES[schedule], left, coefficients))
 
 
 @each_schedule

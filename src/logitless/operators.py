@@ -294,7 +294,11 @@ def _gradients(
     target: torch.Tensor,
     upstream: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of hidden states, weight and bias in their own dtypes."""
+    """Gradients of hidden states, weight and bias in their own dtypes.
+
+    Of a second backward pass, which finds used up what the forward pass left, the forward pass is repeated: another way
+    to the logits rounds them otherwise, and statistics hold for those that they were made of.
+    """
     call: Call = ctx.call
     if all(grad is None for grad in upstream):
         return None, None, None
@@ -302,15 +306,18 @@ def _gradients(
     if call.plan.strategy == "chunked":
         (scale,) = upstream
         prepared = ctx.prepared
-        if prepared is None:  # a second backward pass; statistics hold for the logits as that pass rounds them
+        if prepared is None:
             _, _, prepared = evaluate(call, hidden, weight, bias, target)
         assert prepared is not None
         gradients: Gradients = prepared
         ctx.prepared = None
     else:
-        gradients = differentiate(call, hidden, weight, bias, target, ctx.statistics, upstream)
-        if call.plan.strategy != "sampled" and not call.plan.schedule.prepared:  # their residuals are read, not used up
-            ctx.statistics = ctx.statistics.leaving(())
+        statistics = ctx.statistics
+        if statistics is None:
+            _, statistics, _ = evaluate(call, hidden, weight, bias, target)
+        gradients = differentiate(call, hidden, weight, bias, target, statistics, upstream)
+        if call.plan.schedule.uses_up_residuals:
+            ctx.statistics = None
     shard = call.shard
     if shard is not None and gradients.hidden is not None:
         spread = gradients.hidden if shard.layout.rows is None else call.spread(gradients.hidden)

@@ -143,8 +143,7 @@ class Search:
             yield Schedule("stored", tokens, vocabulary, kept_windows=1, backward_window=windows[0])
         if self._may_be_ahead and not shape.main_grad:
             for chunks in _up_to(COSTED_CHUNKS, tokens):
-                for window in (windows[-1], windows[0]):  # of a second backward pass
-                    yield Schedule("chunked", math.ceil(tokens / chunks), vocabulary, backward_window=window)
+                yield Schedule("chunked", math.ceil(tokens / chunks), vocabulary)
         for window in windows:
             plain = Schedule("windowed", tokens, window, backward_window=window)
             most = self._lodge_windows(plain).lodged_windows
@@ -218,7 +217,7 @@ class Search:
         tokens, vocabulary = max(1, self.shape.tokens), self.shape.vocabulary
         for size in sizes:
             rows = math.ceil(tokens / math.ceil(tokens / size))  # chunks of equal size
-            yield Schedule("chunked", rows, vocabulary, backward_window=min(SMALL_WINDOWS[-1], vocabulary))
+            yield Schedule("chunked", rows, vocabulary)
 
     def _windowed(self, sizes: tuple[int, ...]) -> Iterator[Schedule]:
         tokens, vocabulary = max(1, self.shape.tokens), self.shape.vocabulary
@@ -230,14 +229,7 @@ class Search:
                 yield Schedule("windowed", tokens, window, backward_window=window)
 
     def _refine(self, schedule: Schedule, candidates: list[Schedule], fits: Fits) -> Schedule:
-        """Spend what is left of the budget.
-
-        Windowed: keep the logits of as many windows as fit, with the window that leaves the least work. Chunked: the
-        widest window for a second backward pass through a retained graph, which recomputes.
-        """
-        if schedule.strategy == "chunked":
-            wider = (window for window in self._windowed(WINDOWS + SMALL_WINDOWS) if fits(window))
-            return replace(schedule, backward_window=next(wider, schedule).backward_window)
+        """Spend what is left of the budget: keep the logits of windows, of the width that leaves the least work."""
         if schedule.strategy != "windowed" or self._whole_rows:
             return schedule
         windowed = (self._lodge_windows(c) for c in candidates if c.strategy == "windowed")
@@ -303,7 +295,7 @@ class Search:
         if strategy == "stored":
             return self._prepared() if forced.prepared else self._stored(window)
         if strategy == "chunked":
-            return Schedule("chunked", rows, vocabulary, backward_window=window)
+            return Schedule("chunked", rows, vocabulary)
         if strategy == "windowed":
             if self._whole_rows:
                 return Schedule("windowed", rows, window, backward_window=narrow)

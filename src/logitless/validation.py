@@ -389,8 +389,8 @@ def indices(
     target: torch.Tensor,  # [...]
     ignore_index: int,
 ) -> torch.Tensor:
-    """[N] int64, in row-major order; what int64 cannot hold becomes an index that is out of range and not ignored."""
-    flat = target.detach().reshape(-1).long()
+    """[N] int64, contiguous, in row-major order; what int64 cannot hold becomes an index out of range, not ignored."""
+    flat = target.detach().reshape(-1).long().contiguous()
     if target.dtype != torch.uint64:
         return flat
     return flat.masked_fill(flat < 0, -1 if ignore_index != -1 else -2)

@@ -181,6 +181,11 @@ class Schedule:
     backward_window: int = 0
     prepared: bool = False
 
+    @property
+    def uses_up_residuals(self) -> bool:
+        """Whether an eager backward pass overwrites what the forward pass left: logits, by their gradient."""
+        return not self.prepared and (self.kept_windows > 0 or self.lodged_windows > 0)
+
 
 def ceil_div(total: int, step: int) -> int:
     """How many steps cover the total."""

@@ -53,7 +53,7 @@ def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
 
 @dataclass(frozen=True)
 class Left:
-    """What a forward pass leaves, window by window; empty for a backward pass that finds it used up.
+    """What a forward pass leaves, window by window.
 
     The last ``kept_windows`` have memory of their own. The first ``lodged_windows`` lie in the buffer of the weight
     gradient, each at least one window of rows behind the one before, from the second window of rows on: when the
@@ -68,8 +68,6 @@ class Left:
         """The flat memory of a window's products, or None where they are not kept."""
         schedule, tokens = self.schedule, self.shape.tokens
         first_kept = math.ceil(self.shape.vocabulary / schedule.window) - schedule.kept_windows
-        if not self.tensors:
-            return None
         if number < schedule.lodged_windows:
             lodging = self.tensors[LODGING][schedule.window :].view(-1).view(self.shape.product_dtype)
             return lodging[number * lodging_spacing(self.shape, schedule.window) :]
@@ -79,7 +77,7 @@ class Left:
 
     def window_sums(self, number: int) -> torch.Tensor | None:
         """[2, N] peak and log-sum of the rows' logits within a window, where they were left."""
-        return self.tensors[2][number] if self.tensors and self.tensors[2].shape[0] else None
+        return self.tensors[2][number] if self.tensors[2].shape[0] else None
 
 
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
@@ -133,7 +131,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     entries = projection.product_entries(rows)
     index = TargetIndex(problem.target, schedule.backward_window, shape.vocabulary)
     gradients = new_gradients(projection)
-    if left.tensors and schedule.lodged_windows:
+    if schedule.lodged_windows:
         weight_gradient = left.tensors[LODGING]
     else:
         weight_gradient = new_weight_gradient(problem) if problem.main_grad is None else problem.main_grad

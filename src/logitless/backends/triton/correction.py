@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from logitless.backends.triton.pairs import gradient_of_pairs, pairs_of_tile, products_of_pairs
-from logitless.backends.triton.primitives import LN2, LOG2E, expm1, logits, slope_at_capped
+from logitless.backends.triton.primitives import LN2, LOG2E, expm1, least_slope, logits, slope_at_capped
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def kept_gradient_kernel(
             scanned_sum = before + tl.load(peak + row, mask=valid, other=0.0)
             z = tl.where(p > 0, tl.log2(p) * LN2 + scanned_sum[:, None], 0.0)
             z = tl.where(at_target, tl.load(target_logit + row, mask=valid, other=0.0)[:, None], z)
-            dz *= slope_at_capped(z, softcap)
+            dz *= slope_at_capped(z, softcap, least_slope(softcap, excess.dtype.element_ty.primitive_bitwidth))
         entry = place.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         tl.store(gradient + entry, dz.to(gradient.dtype.element_ty), mask=valid[:, None])
 

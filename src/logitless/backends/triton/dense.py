@@ -29,7 +29,7 @@ from logitless.backends.contract import (
     lodging_spacing,
 )
 from logitless.backends.triton.launch import Launcher, Tables, table_rows
-from logitless.backends.triton.products import multiply
+from logitless.backends.triton.products import multiply, scale_left
 from logitless.backends.triton.quantise import Rounding
 from logitless.backends.triton.rows import RowOrder, scatter_rows
 from logitless.backends.triton.softmax_gradient import sum_columns
@@ -206,27 +206,25 @@ class _Accumulators:
             self.bias = torch.zeros(shape.vocabulary, dtype=torch.float32, device=launcher.device)
 
     def add(self, hidden: torch.Tensor, gradient: torch.Tensor, columns: slice) -> None:
-        """Products of a window's gradient [N, U]."""
-        if self.hidden is not None:
-            weight = self._launcher.weight[columns]
-            multiply(gradient, weight, self.hidden, add=self._started, scale=self._scale)
-        if self.weight is not None:
-            trained = hidden[:, self._launcher.shape.trained_columns]
-            multiply(gradient.T, trained, self.weight[columns], add=self._add_weight, scale=self._scale)
+        """Products of a window's gradient [N, U], which may be used up."""
         if self.bias is not None:
             sum_columns(gradient, self.bias[columns])
+        scale = scale_left(gradient, self._scale)
+        if self.hidden is not None:
+            weight = self._launcher.weight[columns]
+            multiply(gradient, weight, self.hidden, add=self._started, scale=scale)
+        if self.weight is not None:
+            trained = hidden[:, self._launcher.shape.trained_columns]
+            multiply(gradient.T, trained, self.weight[columns], add=self._add_weight, scale=scale)
         self._started = True
 
 
 def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients) -> Gradients:
     """Windows in order: softmax kept or logits recomputed, turned into gradients, multiplied twice."""
     shape, left = problem.shape, statistics.residuals
-    order = RowOrder(*left[3:]) if left else None
-    launcher = Launcher(problem, order)
+    launcher = Launcher(problem, RowOrder(*left[3:]))
     hidden = launcher.gather(slice(0, shape.tokens), launcher.hidden_buffer(shape.tokens))
     lodged, recomputed, kept = runs(shape, schedule)
-    if not left:  # used up by an earlier backward pass
-        lodged, recomputed, kept = slice(0, 0), slice(0, shape.vocabulary), slice(0, 0)
     windows = list(slices(recomputed.start, recomputed.stop, schedule.backward_window))
     whole = max(1, kept.stop - kept.start)
     kept_windows = list(slices(kept.start, kept.stop, schedule.backward_window if shape.functional else whole))

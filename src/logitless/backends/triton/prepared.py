@@ -24,7 +24,7 @@ from logitless.backends.contract import (
 )
 from logitless.backends.triton.dense import new_statistics, padded, slices
 from logitless.backends.triton.launch import readable
-from logitless.backends.triton.products import multiply
+from logitless.backends.triton.products import multiply, scale_left
 from logitless.backends.triton.rowwise import gradient_in_place, scale_rows
 from logitless.backends.triton.softmax_gradient import sum_columns
 
@@ -59,7 +59,9 @@ def forward(problem: Problem, ahead: AffineCoefficients) -> Statistics:
 def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstream: torch.Tensor) -> Gradients:
     """Two products of the logits' gradient, and the upstream gradient."""
     del schedule
-    shape, scale = problem.shape, problem.head.logit_scale
+    shape, scale, unscaled = problem.shape, problem.head.logit_scale, upstream
+    if not scale:  # as in ``scale_left``, but what is left of the forward pass must stay
+        scale, upstream = 1.0, upstream * scale
     (buffer,) = statistics.residuals
     gradient = buffer[:, : shape.vocabulary]
     weight_gradient = hidden_gradient = bias_gradient = None
@@ -74,12 +76,16 @@ def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstrea
     if shape.hidden_gradient:
         _, weight = _operands(problem)
         hidden_gradient = _empty(problem, shape.tokens, shape.hidden, dtype=shape.hidden_dtype)
-        multiply(gradient, weight, hidden_gradient, add=False, scale=scale)
-        scale_rows(hidden_gradient, problem.counted, upstream, hidden_gradient)
+        product = hidden_gradient
+        if shape.hidden_dtype != shape.compute_dtype:  # the library could not round its sums to it
+            product = _empty(problem, shape.tokens, shape.hidden)
+        multiply(gradient, weight, product, add=False, scale=scale)
+        scale_rows(product, problem.counted, upstream, hidden_gradient)
+        del product
     if shape.bias_gradient:
         bias_gradient = torch.zeros(shape.vocabulary, dtype=torch.float32, device=gradient.device)
         sum_columns(gradient, bias_gradient)
-        bias_gradient.mul_(upstream)
+        bias_gradient.mul_(unscaled)
     return Gradients(hidden_gradient, weight_gradient, bias_gradient)
 
 
@@ -88,7 +94,7 @@ def forward_with_gradients(
 ) -> tuple[Statistics, Gradients]:
     """Row chunks: logits, their gradient in the same place, two products."""
     shape, (hidden, weight) = problem.shape, _operands(problem)
-    statistics, scale = new_statistics(problem), problem.head.logit_scale
+    statistics = new_statistics(problem)
     at_a_time = min(schedule.rows, shape.tokens)
     buffer = _empty(problem, at_a_time, padded(shape.vocabulary), dtype=shape.compute_dtype)
     counted, cleared = problem.counted, None
@@ -107,6 +113,9 @@ def forward_with_gradients(
         gradient = buffer[: rows.stop - rows.start, : shape.vocabulary]
         multiply(hidden[rows], weight.T, gradient, add=False, scale=1.0)
         gradient_in_place(problem, gradient, rows.start, ahead, statistics)
+        if bias_gradient is not None:
+            sum_columns(gradient, bias_gradient)
+        scale = scale_left(gradient, problem.head.logit_scale)
         if hidden_gradient is not None:
             multiply(gradient, weight, hidden_gradient[rows], add=False, scale=scale)
         if weight_gradient is not None:
@@ -116,6 +125,4 @@ def forward_with_gradients(
                     problem.hidden[rows, shape.trained_columns], counted[rows], None, cleared[: here.shape[0]]
                 )
             multiply(gradient.T, here, weight_gradient, add=rows.start > 0, scale=scale)
-        if bias_gradient is not None:
-            sum_columns(gradient, bias_gradient)
     return statistics, Gradients(hidden_gradient, weight_gradient, bias_gradient)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# Of a cap, from a logit that is capped and rounded.
+# A derivative of the cap, from a logit that is capped and rounded to fp32, is off by less.
 LEAST_SLOPE: tl.constexpr = tl.constexpr(2.0**-21)
 
 
@@ -106,15 +106,26 @@ def logits(products, bias, first, vocabulary, scale, softcap, BIAS: tl.constexpr
 
 
 @triton.jit
-def slope_at_capped(z, softcap):
+def least_slope(softcap, BITS: tl.constexpr):
+    """What a derivative at the cap comes out as, at most, of logits that come from a probability of so many bits.
+
+    Those are off by the probability's rounding, relative to itself, and the derivative by twice that over the cap.
+    """
+    if BITS < 32:
+        return 2.0**-7 / softcap
+    return LEAST_SLOPE
+
+
+@triton.jit
+def slope_at_capped(z, softcap, least):
     """The cap's derivative at logits that are capped already: ``1 - t^2``, of which ``1 - t`` is exact near the cap.
 
-    It is off by 2^-21 or so, from the rounding of the logits. What is less is that of a logit at the cap, 0, and not a
+    It is off by the rounding of the logits. What is less than ``least`` is that of a logit at the cap, 0, and not a
     number that an infinite hidden state could make infinite.
     """
     ratio = z * (1 / softcap)
     slope = (1 - ratio) * (1 + ratio)
-    return tl.where(slope < LEAST_SLOPE, 0.0, slope)
+    return tl.where(slope < least, 0.0, slope)
 
 
 @triton.jit

@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 
 from logitless.backends.contract import ceil_div
-from logitless.backends.triton.primitives import LN2, LOG2E, expm1, log2_share, slope_at_capped
+from logitless.backends.triton.primitives import (
+    LEAST_SLOPE,
+    LN2,
+    LOG2E,
+    expm1,
+    least_slope,
+    log2_share,
+    slope_at_capped,
+)
 
 
 @triton.jit
@@ -120,7 +128,7 @@ def stored_gradient_kernel(
     slope = share
     if LOGITS:
         below = share - row_peak[:, None]
-        slope = slope_at_capped(share, softcap)
+        slope = slope_at_capped(share, softcap, LEAST_SLOPE)
         p = tl.exp2(below * LOG2E - row_log_sum[:, None])
     else:
         p = share * tl.exp2(log2_share(tile_peak, tile_log_sum, row_peak, row_log_sum))[:, None]
@@ -129,7 +137,8 @@ def stored_gradient_kernel(
         below = (log2_in_tile + tile_log_sum[:, None]) * LN2 + (tile_peak - row_peak)[:, None]
     if SOFTCAP & (not LOGITS):  # what underflowed in the tile is no lower than the cap
         z = below + row_peak[:, None]
-        slope = slope_at_capped(tl.where(z < -softcap, -softcap, z), softcap)
+        least = least_slope(softcap, softmax.dtype.element_ty.primitive_bitwidth)
+        slope = slope_at_capped(tl.where(z < -softcap, -softcap, z), softcap, least)
     coefficient_a = tl.load(a + origin, mask=counts, other=0.0)
     coefficient_b = coefficient_a
     coefficient_d = coefficient_a
@@ -205,7 +214,7 @@ def target_entries_kernel(
             weight = tl.load(smoothing + t, mask=here, other=0.0)
         entry -= tl.load(d + origin, mask=here, other=0.0) * weight
     if SOFTCAP:
-        entry *= slope_at_capped(z, softcap)
+        entry *= slope_at_capped(z, softcap, LEAST_SLOPE)
     place = gradient + row.to(tl.int64) * stride + (t - first_column)
     tl.store(place, entry.to(gradient.dtype.element_ty), mask=here)
 
