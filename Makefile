@@ -8,7 +8,7 @@ OLD := $(VENV)/year-old
 .PHONY: demo test test-year-old lint bench clean
 
 demo: $(STAMP)
-	$(BIN)/logitless demo
+	$(BIN)/logitless-demo compare
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -25,9 +25,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/logitless bench
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml demo/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,frameworks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev,frameworks]' -e ./demo
 	touch $(STAMP)
 
 $(OLD)/.installed: $(STAMP) tests/integrations/year-old.txt

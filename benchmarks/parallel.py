@@ -7,7 +7,7 @@ Strong scaling: one loss with both gradients, its vocabulary over 1, 2, 4, 8 ran
 are compared with an fp32 reference and its memory taken; then in every round each runs once, in turn, the first round
 not counted. A time is between two events on a rank's stream, after an all-reduce that brings the ranks together and
 behind a spin in which the hosts run ahead; the largest over ranks, the median over rounds. Weak scaling: steps of
-``logitless train`` on a batch in proportion to the ranks. What is done so far is in the files at any moment.
+``logitless-demo train`` on a batch in proportion to the ranks. What is done so far is in the files at any moment.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitless
-from logitless.demo.data import Corpus, Tokenizer, check_size, held_out_batches, load_corpus, training_batch
-from logitless.demo.errors import InputError
-from logitless.demo.memory import format_bytes, memory_meter
+from logitless_demo.data import Corpus, Tokenizer, check_size, held_out_batches, load_corpus, training_batch
+from logitless_demo.errors import InputError
+from logitless_demo.memory import format_bytes, memory_meter
 
 HEADS: dict[str, dict[str, Any] | None] = {
     "two-stage": None,

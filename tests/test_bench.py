@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -481,6 +483,27 @@ def test_everything_is_checked_before_anything_is_measured(words, fragments, cap
     assert error.startswith(f"logitless {words[0]}: error: ")
     assert len(error.splitlines()) == 1
     assert not [fragment for fragment in fragments if fragment not in error], error
+
+
+@pytest.mark.parametrize("subcommand", ["bench", "tune"])
+def test_missing_extra(subcommand, capsys, monkeypatch):
+    """The message names what to install."""
+    monkeypatch.setattr("logitless.cli.find_spec", lambda name: None if name == "rich" else name)
+    assert main([subcommand]) == 2
+    assert "needs rich: pip install 'logitless[bench]'" in capsys.readouterr().err
+
+
+def test_help_needs_no_extra():
+    """Nor does it load one."""
+    code = (
+        "import sys, logitless.cli\n"
+        "try: logitless.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'rich', 'matplotlib', 'psutil', 'numpy'} & set(sys.modules)))\n"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "plan" in output
+    assert output.splitlines()[-1] in ("[]", "['numpy']")  # numpy comes with torch, where it is installed
 
 
 def test_plan_on_the_command_line(capsys):

@@ -36,9 +36,9 @@ from implementations import (
     Implementation,
     moved,
 )
-from logitless.demo.config import ModelConfig
-from logitless.demo.model import Decoder
 from logitless.options import ESTIMATED_OUTPUTS, TOKEN_OUTPUTS
+from logitless_demo.config import ModelConfig
+from logitless_demo.model import Decoder
 from problems import Case, Problem, coarse
 from tolerance import Results, floor, loss_and_gradients, loss_baseline, upstream_for
 

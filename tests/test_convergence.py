@@ -18,19 +18,19 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from logitless.cli import main
-from logitless.demo import convergence, tokens
-from logitless.demo.config import ModelConfig
-from logitless.demo.convergence import StudyConfig, run_study
-from logitless.demo.convergence_plots import draw_figures, smooth
-from logitless.demo.convergence_summary import describe, differences, read_results, standard_error
-from logitless.demo.data import Tokenizer
-from logitless.demo.errors import InputError
-from logitless.demo.frequency import loss_by_frequency, rows_by_frequency
-from logitless.demo.memory import ResidentMemory
-from logitless.demo.study import RUNS, STUDY, pairing
-from logitless.demo.tokens import load_tokens, prepare_tokens
-from logitless.demo.train import Trainer
+from logitless_demo import convergence, tokens
+from logitless_demo.cli import main
+from logitless_demo.config import ModelConfig
+from logitless_demo.convergence import StudyConfig, run_study
+from logitless_demo.convergence_plots import draw_figures, smooth
+from logitless_demo.convergence_summary import describe, differences, read_results, standard_error
+from logitless_demo.data import Tokenizer
+from logitless_demo.errors import InputError
+from logitless_demo.frequency import loss_by_frequency, rows_by_frequency
+from logitless_demo.memory import ResidentMemory
+from logitless_demo.study import RUNS, STUDY, pairing
+from logitless_demo.tokens import load_tokens, prepare_tokens
+from logitless_demo.train import Trainer
 
 VOCABULARY = 300
 TINY = replace(
@@ -68,7 +68,7 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
     """A study of two runs, done."""
     settings = StudyConfig(token_file, tmp_path_factory.mktemp("study") / "out", TINY, ("exact-0", "sampled-64-0"))
-    assert run_study(settings, "logitless converge <tiny>", SILENT) == 0
+    assert run_study(settings, "logitless-demo converge <tiny>", SILENT) == 0
     return settings
 
 
@@ -175,14 +175,14 @@ class TestFrequency:
 
 
 class TestStudy:
-    """`logitless converge`, from tokens to figures."""
+    """`logitless-demo converge`, from tokens to figures."""
 
     def test_a_run_tells_what_it_was(self, study):
         """Every step, every measurement, settings, machine and versions."""
         for name in study.runs:
             result = result_of(study, name)
             assert result["config"] == RUNS[name].config(TINY, study.sgd_learning_rate).to_json()
-            assert result["command"] == "logitless converge <tiny>"
+            assert result["command"] == "logitless-demo converge <tiny>"
             assert result["software"]["torch"] == torch.__version__
             assert "processor" in result["hardware"]
             assert result["compiled_body"] is False

@@ -1,4 +1,4 @@
-"""The demo and `logitless train`: data order, checkpoints, resumption, messages, model and report."""
+"""The demo and `logitless-demo train`: data order, checkpoints, resumption, messages, model and report."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from logitless.cli import main
-from logitless.demo import heads
-from logitless.demo.checkpoint import atomic_write, load_checkpoint, save_checkpoint, truncate_log
-from logitless.demo.comparison import run_demo
-from logitless.demo.config import ModelConfig, TrainConfig, add_flags, given_flags
-from logitless.demo.data import (
+from logitless_demo import heads
+from logitless_demo.checkpoint import atomic_write, load_checkpoint, save_checkpoint, truncate_log
+from logitless_demo.cli import main
+from logitless_demo.comparison import run_demo
+from logitless_demo.config import ModelConfig, TrainConfig, add_flags, given_flags
+from logitless_demo.data import (
     Corpus,
     Tokenizer,
     check_size,
@@ -38,11 +38,11 @@ from logitless.demo.data import (
     load_corpus,
     training_batch,
 )
-from logitless.demo.errors import InputError
-from logitless.demo.memory import ResidentMemory
-from logitless.demo.model import Decoder, rotate, rotation
-from logitless.demo.runs import run_training
-from logitless.demo.train import Trainer, learning_rate
+from logitless_demo.errors import InputError
+from logitless_demo.memory import ResidentMemory
+from logitless_demo.model import Decoder, rotate, rotation
+from logitless_demo.runs import run_training
+from logitless_demo.train import Trainer, learning_rate
 
 VOCABULARY = 257
 TINY = TrainConfig(
@@ -91,7 +91,7 @@ def corpus(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def train(folder: Path, text: Path, resume: bool = False, **settings: object) -> int:
-    """Runs `logitless train` with the tiny model in this process."""
+    """Runs `logitless-demo train` with the tiny model in this process."""
     base = replace(TINY, text=str(text), **settings)
     return run_training({}, folder, resume, base, SILENT, byte_tokenizer)
 
@@ -127,7 +127,7 @@ def demo_folder(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny demo."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     base = replace(TINY, text=str(text))
-    assert run_demo({"steps": 8}, folder, "logitless demo <tiny> & more", SILENT, base, byte_tokenizer) == 0
+    assert run_demo({"steps": 8}, folder, "logitless-demo compare <tiny> & more", SILENT, base, byte_tokenizer) == 0
     return folder
 
 
@@ -286,7 +286,7 @@ class TestCheckpoint:
         path = tmp_path / "checkpoint.pt"
         code = (
             "import sys, pathlib, torch\n"
-            "from logitless.demo.checkpoint import save_checkpoint\n"
+            "from logitless_demo.checkpoint import save_checkpoint\n"
             "step = 0\n"
             "while True:\n"
             "    step += 1\n"
@@ -326,7 +326,7 @@ class TestCheckpoint:
 
 
 class TestTraining:
-    """`logitless train`: a run goes on as if it had never been stopped."""
+    """`logitless-demo train`: a run goes on as if it had never been stopped."""
 
     @pytest.mark.parametrize(
         ("head", "optimizer"), [("two-stage", "adamw"), ("exact", "adamw"), ("sampled", "adamw"), ("exact", "sgd")]
@@ -448,7 +448,7 @@ class TestTraining:
 
 
 class TestDemo:
-    """`logitless demo`, from end to end."""
+    """`logitless-demo compare`, from end to end."""
 
     def test_all_heads_see_the_same(self, demo_folder):
         """Equal first losses; exact keeps to two-stage, sampled leaves it only slowly."""
@@ -475,7 +475,7 @@ class TestDemo:
         embedded = re.search(r'<script type="application/json" id="results">(.*?)</script>', page, re.DOTALL)
         assert embedded is not None
         assert json.loads(embedded[1]) == json.loads((demo_folder / "results.json").read_text())
-        assert "logitless demo &lt;tiny&gt; &amp; more" in page
+        assert "logitless-demo compare &lt;tiny&gt; &amp; more" in page
 
     def test_the_pictures_are_files_too(self, demo_folder):
         """PNG, each."""
@@ -496,7 +496,7 @@ class TestMessages:
         ("words", "message"),
         [
             (["train", "--text", "/no/such/*.txt"], "no files found at /no/such/*.txt"),
-            (["demo", "--text", "/no/such/file"], "give an existing file, folder or glob"),
+            (["compare", "--text", "/no/such/file"], "give an existing file, folder or glob"),
             (["train", "--resume", "/no/such/run"], "there is no run in this folder"),
             (["train", "--hidden", "20", "--heads", "3"], "--hidden must be a multiple of twice --heads"),
             (["train", "--threshold", "2"], "--threshold must lie in (0, 1]"),
@@ -509,8 +509,8 @@ class TestMessages:
             (["train", "--run-dir", "run"], "--run-dir: run already holds a run"),
             (["train", "--resume", "run"], "--resume: run/run.json cannot be read"),
             (["train", "--resume", "file"], "--resume file: there is no run in this folder"),
-            (["demo", "--run-dir", "run"], "--run-dir: run already holds a run"),
-            (["demo", "--run-dir", "file/run"], "--run-dir: nothing can be written to file"),
+            (["compare", "--run-dir", "run"], "--run-dir: run already holds a run"),
+            (["compare", "--run-dir", "file/run"], "--run-dir: nothing can be written to file"),
             (["converge", "--tokens", "none.npz", "--output", "file"], "--output: nothing can be written to file"),
             (["converge", "--tokens", "none.npz", "--output", "new"], "--tokens none.npz cannot be read"),
             (["converge", "--tokens", "run", "--prepare", "text"], "--tokens must be a file, got the folder run"),
@@ -551,12 +551,6 @@ class TestMessages:
         assert main(["train", "--device", "cuda"]) == 2
         assert "use --device cpu" in capsys.readouterr().err
 
-    def test_missing_extra(self, capsys, monkeypatch):
-        """The message names what to install."""
-        monkeypatch.setattr("logitless.cli.find_spec", lambda name: None if name == "rich" else name)
-        assert main(["demo"]) == 2
-        assert "needs rich: pip install 'logitless[demo]'" in capsys.readouterr().err
-
     def test_too_little_text(self, corpus):
         """With how much there is and how much is needed."""
         with pytest.raises(InputError, match=r"too little text: .* lower --sequence or --batch"):
@@ -596,20 +590,20 @@ class TestMessages:
 
     def test_a_loss_that_is_no_number(self, text, tmp_path, monkeypatch):
         """Stops the run before the weights are spoilt."""
-        monkeypatch.setattr("logitless.demo.train.head_loss", lambda hidden, *_: hidden.sum() * float("nan"))
+        monkeypatch.setattr("logitless_demo.train.head_loss", lambda hidden, *_: hidden.sum() * float("nan"))
         with pytest.raises(InputError, match="the loss of step 1 is nan: lower --learning-rate"):
             train(tmp_path / "run", text)
 
-    def test_help_needs_no_extra(self):
-        """Nor does it load one."""
+    def test_help_loads_little(self):
+        """What takes a second to import is imported by the subcommand that needs it."""
         code = (
-            "import sys, logitless.cli\n"
-            "try: logitless.cli.main(['--help'])\n"
+            "import sys, logitless_demo.cli\n"
+            "try: logitless_demo.cli.main(['--help'])\n"
             "except SystemExit: pass\n"
             "print(sorted({'rich', 'matplotlib', 'psutil', 'mistral_common', 'numpy'} & set(sys.modules)))\n"
         )
         with run_script(code) as process:
             output = process.communicate()[0].decode()
-        assert "demo" in output
+        assert "compare" in output
         assert "train" in output
         assert output.splitlines()[-1] in ("[]", "['numpy']")  # numpy comes with torch, where it is installed

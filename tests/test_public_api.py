@@ -164,7 +164,9 @@ def test_optional_imports_are_seen():
 
 # Modules in the order of their arrows: each may import from its own rank and from those after it.
 RANKS = (
-    {"cli", "__main__", "demo", "bench"},
+    {"__main__"},
+    {"cli"},
+    {"bench"},
     {"integrations"},
     {"functional", "module", "report"},
     {"calls"},
@@ -173,8 +175,10 @@ RANKS = (
     {"schedules", "sharding", "dtensors"},
     {"backends", "sampling", "quantisation"},
     {"options", "precision"},
-    {"arguments", "transforms"},
+    {"arguments", "transforms", "errors"},
 )
+
+ABOVE = ("__main__", "cli", "bench")  # which use the package as anybody does, by its public names where these do
 
 
 def top_of(module: str) -> str:
@@ -215,8 +219,8 @@ def wrong_import(module: str, imported: str) -> str | None:
     if in_backends and imported.startswith("torch.distributed"):
         return "a backend knows nothing of ranks"
     if imported == "logitless" or not imported.startswith("logitless."):
-        return "the package itself" if imported == "logitless" and rank_of(module) > 0 else None
-    if rank_of(module) == 0 and top_of(imported) in PUBLIC:
+        return "the package itself" if imported == "logitless" and top_of(module) not in ABOVE else None
+    if top_of(module) in ABOVE and top_of(imported) in PUBLIC:
         return None
     if rank_of(imported) < rank_of(module):
         return "against the arrows"
@@ -227,10 +231,10 @@ def wrong_import(module: str, imported: str) -> str | None:
     return None
 
 
-def package_sources() -> tuple[dict[str, str], frozenset[str]]:
+def package_sources(package: Path = PACKAGE) -> tuple[dict[str, str], frozenset[str]]:
     sources, packages = {}, set()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = ("logitless", *path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in sorted(package.rglob("*.py")):
+        parts = (package.name, *path.relative_to(package).with_suffix("").parts)
         name = ".".join(part for part in parts if part != "__init__")
         if path.name == "__init__.py":
             packages.add(name)
@@ -238,10 +242,57 @@ def package_sources() -> tuple[dict[str, str], frozenset[str]]:
     return sources, frozenset(packages)
 
 
+def circle(sources: dict[str, str], packages: frozenset[str] = frozenset()) -> list[str]:
+    """Modules that import one another in a circle, the first that is found; a package's root imports all of them."""
+
+    def imported(module: str) -> Iterator[str]:
+        for name in imports_of(module, sources[module], module in packages):
+            found = name if name in sources else name.rpartition(".")[0]
+            if found in sources and "." in found and found != module:
+                yield found
+
+    done: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        if path[-1] in path[:-1]:
+            return path[path.index(path[-1]) :]
+        if path[-1] not in done:
+            for name in imported(path[-1]):
+                if found := search([*path, name]):
+                    return found
+            done.add(path[-1])
+        return []
+
+    return next((found for module in sources if "." in module and (found := search([module]))), [])
+
+
 def test_import_arrows():
     sources, packages = package_sources()
     assert len(sources) > 5
     assert not violations(sources, packages)
+
+
+DEMONSTRATION = Path(__file__).parents[1] / "demo" / "logitless_demo"
+
+
+@pytest.mark.parametrize("package", [PACKAGE, DEMONSTRATION], ids=lambda package: package.name)
+def test_no_circles(package):
+    """Of imports within functions and for types neither."""
+    sources, packages = package_sources(package)
+    assert len(sources) > 5
+    assert not circle(sources, packages)
+
+
+def test_a_circle_is_found():
+    sources = {"a.b": "from a import c", "a.c": "def later():\n    from a.d import e", "a.d": "import a.b"}
+    assert circle(sources) == ["a.b", "a.c", "a.d", "a.b"]
+
+
+def test_demonstration_uses_public_names():
+    sources, packages = package_sources(DEMONSTRATION)
+    for module, source in sources.items():
+        for name in imports_of(module, source, module in packages):
+            assert not name.startswith("logitless.") or name.split(".", 1)[1] in PUBLIC, f"{module} imports {name}"
 
 
 @pytest.mark.parametrize(

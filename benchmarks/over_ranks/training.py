@@ -1,4 +1,4 @@
-"""Weak scaling: steps of `logitless train`, in each of its processes."""
+"""Weak scaling: steps of `logitless-demo train`, in each of its processes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from over_ranks.problems import Settings
 from over_ranks.processes import Member
 
-from logitless.demo.config import ModelConfig, TrainConfig
-from logitless.demo.data import Corpus
-from logitless.demo.memory import memory_meter
-from logitless.demo.parallel import check_sizes, join
-from logitless.demo.train import Trainer, resolve_device
+from logitless_demo.config import ModelConfig, TrainConfig
+from logitless_demo.data import Corpus
+from logitless_demo.memory import memory_meter
+from logitless_demo.parallel import check_sizes, join
+from logitless_demo.train import Trainer, resolve_device
 
 
 @dataclass(frozen=True)

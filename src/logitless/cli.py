@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import logitless
-from logitless.demo.config import TrainConfig, add_flags, given_flags, with_flags
-from logitless.demo.errors import InputError
-from logitless.demo.study import FIXED, RUNS, SGD_LEARNING_RATE, STUDY
+from logitless.errors import InputError
 from logitless.options import REDUCTIONS
 from logitless.validation import dtype_name
 
@@ -22,11 +19,7 @@ if TYPE_CHECKING:
     Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 BYTES = "such as 512MiB, 2GB or 1.5G; G alone is GiB, and so are K, M and T"
-RUN_FOLDER = "the text's tokens are kept beside it, in .tokens, for later runs"
-DEMO_MODULES = ("matplotlib", "mistral_common", "numpy", "psutil", "rich")
 BENCH_MODULES = ("matplotlib", "psutil", "rich")
-CONVERGE_MODULES = ("matplotlib", "numpy", "psutil", "rich")
-PREPARE_MODULES = ("mistral_common", "numpy", "rich")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,9 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {logitless.__version__}")
     subcommands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
-    _add_demo(subcommands)
-    _add_train(subcommands)
-    _add_converge(subcommands)
     _add_bench(subcommands)
     _add_plan(subcommands)
     _add_tune(subcommands)
@@ -58,117 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"logitless {arguments.subcommand}: interrupted", file=sys.stderr)
         return 130
-
-
-def _add_demo(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "demo",
-        help="train a small model with and without logits, and write a report",
-        description="Trains the same decoder three times from one seed: through logits, exactly without, and with the "
-        "sampled gradient. Writes a report with plots. Defaults depend on the machine: a small model on "
-        "a CPU (a few minutes), a larger one on a GPU.",
-    )
-    add_flags(parser, TrainConfig(), without=("head", "eval_every", "checkpoint_every"), show_defaults=False)
-    parser.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help=f"folder for the results (default: runs/demo-TIME); {RUN_FOLDER}"
-    )
-    parser.set_defaults(run=_demo)
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    _require_extra("demo", DEMO_MODULES)
-    from rich.console import Console
-
-    from logitless.demo.comparison import run_demo
-
-    run_dir = arguments.run_dir or _new_run_dir("demo")
-    return run_demo(given_flags(arguments), run_dir, shlex.join(["logitless", *sys.argv[1:]]), Console())
-
-
-def _add_train(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "train",
-        help="train a small model, with checkpoints",
-        description="Trains a decoder on text. Stopped by Ctrl-C it can be resumed, and then gives the losses it would "
-        "have given had it never stopped.",
-    )
-    add_flags(parser, TrainConfig())
-    folder = parser.add_mutually_exclusive_group()
-    folder.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help=f"folder of a new run (default: runs/train-TIME); {RUN_FOLDER}"
-    )
-    folder.add_argument("--resume", type=Path, metavar="DIR", help="folder of a run to go on with, as it was set up")
-    processes = parser.add_argument_group("several processes", "torchrun --nproc-per-node DP*TP -m logitless train ...")
-    processes.add_argument("--dp", type=int, default=1, metavar="N", help="parts of each batch, by FSDP2 (default: 1)")
-    processes.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="parts of the vocabulary and of each layer (default: 1)"
-    )
-    parser.set_defaults(run=_train)
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    _require_extra("demo", DEMO_MODULES)
-    from rich.console import Console
-
-    from logitless.demo.runs import Division, run_training
-
-    run_dir = arguments.resume or arguments.run_dir or _new_run_dir("train")
-    division = Division(arguments.dp, arguments.tp)
-    resume = arguments.resume is not None
-    return run_training(given_flags(arguments), run_dir, resume, TrainConfig(), Console(), division=division)
-
-
-def _add_converge(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "converge",
-        help="train with the exact and with the sampled gradient, and compare how they converge",
-        description="Trains the same decoder with the exact and with the sampled gradient, at several thresholds and "
-        "seeds, and writes a file for each run, a summary and figures. Started again it goes on with the runs that "
-        "have no file yet. A run named NAME-1 adds 1 to the seed. First make the tokens: --prepare.",
-    )
-    parser.add_argument("--tokens", type=Path, required=True, metavar="FILE", help=".npz file of the tokens")
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--output", type=Path, metavar="DIR", help="folder for the results")
-    task.add_argument(
-        "--prepare", type=Path, metavar="DIR", help="make the file of tokens from train.txt and val.txt in this folder"
-    )
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), metavar="NAME", help=f"default: {' '.join(RUNS)}")
-    parser.add_argument(
-        "--sgd-learning-rate",
-        type=float,
-        default=SGD_LEARNING_RATE,
-        metavar="X",
-        help=f"highest learning rate of the runs with SGD (default: {SGD_LEARNING_RATE})",
-    )
-    parser.add_argument(
-        "--compile-body",
-        action=argparse.BooleanOptionalAction,
-        help="run the decoder, without its head, through torch.compile (default: on a GPU)",
-    )
-    add_flags(parser, STUDY, without=FIXED)
-    parser.set_defaults(run=_converge)
-
-
-def _converge(arguments: argparse.Namespace) -> int:
-    _require_extra("demo", PREPARE_MODULES if arguments.prepare else CONVERGE_MODULES)
-    from rich.console import Console
-
-    if arguments.prepare:
-        from logitless.demo.tokens import prepare_tokens
-
-        return prepare_tokens(arguments.prepare, arguments.tokens, Console())
-
-    from logitless.demo.convergence import StudyConfig, run_study
-
-    study = StudyConfig(
-        tokens=arguments.tokens,
-        output=arguments.output,
-        base=with_flags(STUDY, given_flags(arguments)),
-        runs=tuple(arguments.runs),
-        sgd_learning_rate=arguments.sgd_learning_rate,
-        compile_body=arguments.compile_body,
-    )
-    return run_study(study, shlex.join(["logitless", *sys.argv[1:]]), Console())
 
 
 def _add_bench(subcommands: Subcommands) -> None:
@@ -211,7 +90,7 @@ def _add_bench(subcommands: Subcommands) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    _require_extra("demo", BENCH_MODULES)
+    _require_modules(BENCH_MODULES)
     import torch
     from rich.console import Console
 
@@ -300,7 +179,7 @@ def _add_tune(subcommands: Subcommands) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    _require_extra("demo", ("rich",))
+    _require_modules(("rich",))
     from rich.console import Console
 
     from logitless.bench.tune import Problem, tune
@@ -314,11 +193,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     return tune(problem, arguments.rounds, arguments.output, Console())
 
 
-def _new_run_dir(name: str) -> Path:
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _require_extra(extra: str, modules: Sequence[str]) -> None:
-    missing = [name.replace("_", "-") for name in modules if find_spec(name) is None]
+def _require_modules(modules: Sequence[str]) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise InputError(f"this subcommand needs {', '.join(missing)}: pip install 'logitless[{extra}]'")
+        raise InputError(f"this subcommand needs {', '.join(missing)}: pip install 'logitless[bench]'")

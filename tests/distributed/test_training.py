@@ -1,4 +1,4 @@
-"""``logitless train`` over several processes: the losses of one, checkpoints that another number can go on from."""
+"""``logitless-demo train`` over several processes: the losses of one, checkpoints that another number goes on from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``logitless train`` on a small text with one id a byte; a script for one process, or several under torchrun."""
+"""``logitless-demo train`` on a small text with one id a byte; a script for one process, or several under torchrun."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from logitless.demo.config import ModelConfig, TrainConfig
-from logitless.demo.data import Tokenizer
-from logitless.demo.errors import InputError
-from logitless.demo.runs import Division, run_training
-from logitless.demo.train import StepRecord, Trainer
+from logitless_demo.config import ModelConfig, TrainConfig
+from logitless_demo.data import Tokenizer
+from logitless_demo.errors import InputError
+from logitless_demo.runs import Division, run_training
+from logitless_demo.train import StepRecord, Trainer
 
 TINY = replace(
     TrainConfig(),

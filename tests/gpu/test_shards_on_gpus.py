@@ -500,7 +500,7 @@ DIVISIONS = [(2, 1), (1, 2), *([(2, 2)] if 4 in WORLDS else [])]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], tuple[Path, str]]:
-    """Folder and errors of ``logitless train`` by its division, and of one process; all at the same time."""
+    """Folder and errors of ``logitless-demo train`` by its division, and of one process; all at the same time."""
     training = pytest.importorskip("test_training")
     text = training.write_text(tmp_path_factory.mktemp("text") / "text.txt")
     jobs = {}

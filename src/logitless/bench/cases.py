@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from logitless.bench.trained import grow, load_trained_head, widen
-from logitless.demo.errors import InputError
+from logitless.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+import psutil
 import torch
 
 import logitless
 from logitless.bench.peers import DISTRIBUTIONS
-from logitless.demo.environment import PACKAGES, describe_hardware
+
+PACKAGES = ("torch", "numpy", "matplotlib", "rich", "psutil")
 
 
 def hardware(device: torch.device) -> dict[str, str]:
     """The parts of this machine that bear on speed and memory; of a GPU its driver too."""
-    described = describe_hardware(device.type)
+    cores = psutil.cpu_count(logical=False)
+    described = {
+        "processor": f"{_processor()}, {cores} cores, {os.cpu_count()} threads, {torch.get_num_threads()} used",
+        "memory": _gibibytes(psutil.virtual_memory().total),
+    }
     if device.type != "cuda":
         return described
-    major, minor = torch.cuda.get_device_capability(device)
+    properties = torch.cuda.get_device_properties(device)
     return {
         **described,
-        "GPU name": torch.cuda.get_device_name(device),
-        "compute capability": f"{major}.{minor}",
+        "GPU": f"{properties.name}, {_gibibytes(properties.total_memory)}",
+        "GPU name": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
         "driver": _driver(),
         "CUDA": str(torch.version.cuda),
     }
@@ -37,6 +46,19 @@ def software() -> dict[str, str]:
         **{name: found for name, found in installed.items() if found is not None},
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _version(distribution: str) -> str | None:

@@ -15,7 +15,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from logitless.bench.cases import Case
 from logitless.bench.measure import CaseResult, Measurement
-from logitless.demo.plots import LIGHT
 
 
 class Mark(NamedTuple):
@@ -49,6 +48,7 @@ def _mark(peer: str) -> Mark:
     return MARKS.get(peer, Mark(f"logitless, workspace of {workspace}", "#0072b2", "D"))
 
 
+TEXT, GRID, PAGE = "#24292f", "#d9dde2", "#ffffff"
 PANELS_IN_A_ROW = 2
 SHOWN_TICKS = (1, 2, 5)
 
@@ -59,15 +59,15 @@ def draw(results: Sequence[tuple[Case, str, CaseResult]]) -> bytes:
     rows = math.ceil(len(results) / columns)
     style: dict[Any, Any] = {
         "font.size": 10,
-        "text.color": LIGHT.text,
-        "axes.labelcolor": LIGHT.text,
-        "axes.edgecolor": LIGHT.grid,
+        "text.color": TEXT,
+        "axes.labelcolor": TEXT,
+        "axes.edgecolor": GRID,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.axisbelow": True,
-        "grid.color": LIGHT.grid,
-        "xtick.color": LIGHT.text,
-        "ytick.color": LIGHT.text,
+        "grid.color": GRID,
+        "xtick.color": TEXT,
+        "ytick.color": TEXT,
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=(5.4 * columns + 0.4, 4.2 * rows + 0.9), layout="constrained")
@@ -77,7 +77,7 @@ def draw(results: Sequence[tuple[Case, str, CaseResult]]) -> bytes:
         handles = [_handle(name) for name in (*MARKS, *sorted(shown - MARKS.keys())) if name in shown]
         figure.legend(handles=handles, loc="outside lower center", ncols=columns + 1, frameon=False, fontsize=9)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160, facecolor=LIGHT.page)
+        figure.savefig(buffer, format="png", dpi=160, facecolor=PAGE)
     return buffer.getvalue()
 
 
@@ -104,11 +104,11 @@ def _draw_panel(axes: Axes, case: Case, dtype: str, result: CaseResult) -> None:
     axes.set_yscale("log")
     axes.margins(0.12)
     if result.bound is not None and result.bound.median_s is not None:
-        axes.axvline(result.bound.median_s * 1e3, color=LIGHT.text, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(result.bound.median_s * 1e3, color=TEXT, linewidth=1, linestyle=(0, (4, 3)))
         _label(axes, "the three matrix products alone", x=result.bound.median_s * 1e3, rotation=90)
     if points:
         gradients = points[0].gradients
-        axes.axhline(gradients, color=LIGHT.text, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axhline(gradients, color=TEXT, linewidth=1, linestyle=(0, (4, 3)))
         _label(axes, "the gradients themselves", y=gradients)
     axes.set_title(
         f"{case.name}, {dtype}\nN={case.tokens:,}  D={case.hidden:,}  V={case.vocabulary:,}", loc="left", fontsize=10

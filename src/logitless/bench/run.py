@@ -17,12 +17,12 @@ from logitless.bench import environment, products
 from logitless.bench.cases import CASES, Case, make_inputs, redraw
 from logitless.bench.isolation import PeerLostError, Progress, call_isolated
 from logitless.bench.measure import CaseResult, Protocol, measure
+from logitless.bench.outputs import check_output_file
 from logitless.bench.peers import BASELINE, PEERS, Peer, with_workspace
 from logitless.bench.plot import draw
 from logitless.bench.table import print_case
 from logitless.bench.trained import load_trained_head
-from logitless.demo.errors import InputError
-from logitless.demo.outputs import check_output_file
+from logitless.errors import InputError
 
 # Seconds of one forward and backward pass, from which a peer on a GPU is left out of the rounds.
 SLOWEST_ON_GPU = 5.0

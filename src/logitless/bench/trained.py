@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from logitless.demo.errors import InputError
+from logitless.errors import InputError
 
 Q8_GROUP = 32
 Q8_BYTES = 2 + Q8_GROUP

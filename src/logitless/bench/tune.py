@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from logitless.bench.clock import seconds
+from logitless.bench.outputs import check_output_file
 from logitless.bench.run import check_between
-from logitless.demo.errors import InputError
-from logitless.demo.outputs import check_output_file
+from logitless.errors import InputError
 from logitless.functional import linear_cross_entropy
 from logitless.options import Sampled
 from logitless.schedules import force_strategy

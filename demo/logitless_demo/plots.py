@@ -6,15 +6,14 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-if TYPE_CHECKING:
-    from logitless.demo.comparison import Comparison
+from logitless_demo.results import Comparison
 
 SMALLEST_SHOWN = (
     1e-7  # of a difference on the logarithmic axis; two losses of about 10 in float32 are equal or 1e-6 apart

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitless.demo.checkpoint import atomic_write
-from logitless.demo.errors import InputError
+from logitless_demo.checkpoint import atomic_write
+from logitless_demo.errors import InputError
 
 # Folders of the standard library that are tests, tables, tools or other people's packages.
 STDLIB_NOISE = {

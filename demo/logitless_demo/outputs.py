@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from logitless.demo.errors import InputError
+from logitless_demo.errors import InputError
 
 
 def check_output_folder(flag: str, folder: Path) -> None:

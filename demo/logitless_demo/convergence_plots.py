@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from logitless.demo.frequency import DECILES
-from logitless.demo.plots import LIGHT
-from logitless.demo.study import RUNS, pairing
+from logitless_demo.frequency import DECILES
+from logitless_demo.plots import LIGHT
+from logitless_demo.study import RUNS, pairing
 
 # A colour for each gradient, most from Okabe and Ito's palette; seeds differ by their dashes, SGD is dotted, a short
 # run has both.

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from logitless.demo.checkpoint import atomic_write
-from logitless.demo.data import Corpus, Tokenizer, tekken
-from logitless.demo.errors import InputError
-from logitless.demo.outputs import check_output_file
+from logitless_demo.checkpoint import atomic_write
+from logitless_demo.data import Corpus, Tokenizer, tekken
+from logitless_demo.errors import InputError
+from logitless_demo.outputs import check_output_file
 
 CHUNK_CHARACTERS = 1 << 20
 BLANK_LINES = re.compile(r"\n\s*\n")
@@ -73,7 +73,7 @@ def load_tokens(path: Path) -> Corpus:
                 raise ValueError(f"ids of {name} must lie in [0, {vocabulary}), got {ids.min()} to {ids.max()}")
     except UNREADABLE as error:
         raise InputError(
-            f"--tokens {path} cannot be read ({error}): make it with logitless converge --prepare FOLDER --tokens FILE"
+            f"--tokens {path} cannot be read ({error}): make it, logitless-demo converge --prepare FOLDER --tokens FILE"
         ) from error
     train, held_out = train.astype(np.int32), held_out.astype(np.int32)
     digest = hashlib.sha256(str(vocabulary).encode())

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 import logitless
-from logitless.demo.config import TrainConfig
-from logitless.demo.data import WEIGHT_STREAM, Corpus, derived_seed, held_out_batches, training_batch
-from logitless.demo.errors import InputError
-from logitless.demo.heads import head_loss
-from logitless.demo.memory import MemoryMeter
-from logitless.demo.model import Decoder
+from logitless_demo.config import TrainConfig
+from logitless_demo.data import WEIGHT_STREAM, Corpus, derived_seed, held_out_batches, training_batch
+from logitless_demo.errors import InputError
+from logitless_demo.heads import head_loss
+from logitless_demo.memory import MemoryMeter
+from logitless_demo.model import Decoder
 
 if TYPE_CHECKING:
-    from logitless.demo.parallel import World
+    from logitless_demo.parallel import World
 
 LOWEST_RATE = 0.1  # of the highest, at the end of the cosine
 MOMENTUM = 0.9  # of SGD
@@ -112,7 +112,7 @@ class Trainer:
         seed = derived_seed(config.seed, WEIGHT_STREAM, 0)
         self.model = Decoder(config.model, corpus.vocabulary, config.sequence, seed).to(config.device)
         if world is not None:
-            from logitless.demo.parallel import shard
+            from logitless_demo.parallel import shard
 
             shard(self.model, world)
         self._body = torch.compile(self.model, dynamic=False) if compile_body else self.model
@@ -158,7 +158,7 @@ class Trainer:
         if self.world is None:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         else:
-            from logitless.demo.parallel import clip_gradients
+            from logitless_demo.parallel import clip_gradients
 
             norm = clip_gradients(self.model, limit)
         self.optimizer.step()

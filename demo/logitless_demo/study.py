@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from logitless.demo.config import HeadKind, ModelConfig, Optimizer, TrainConfig
-from logitless.options import Scan
+from logitless_demo.config import HeadKind, ModelConfig, Optimizer, Scan, TrainConfig
 
 STUDY = TrainConfig(
     model=ModelConfig(hidden=1024, layers=2, heads=8),

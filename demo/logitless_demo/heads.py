@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 import logitless
-from logitless.demo.config import TrainConfig
-from logitless.demo.data import GRADIENT_STREAM, derived_seed
+from logitless_demo.config import TrainConfig
+from logitless_demo.data import GRADIENT_STREAM, derived_seed
 
 
 def head_loss(

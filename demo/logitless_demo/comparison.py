@@ -1,4 +1,4 @@
-"""``logitless demo``: one model, one text, one seed, three heads."""
+"""``logitless-demo compare``: one model, one text, one seed, three heads."""
 
 from __future__ import annotations
 
@@ -6,130 +6,27 @@ import gc
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from logitless.demo.checkpoint import atomic_write
-from logitless.demo.config import HEAD_KINDS, ModelConfig, TrainConfig, with_flags
-from logitless.demo.data import Corpus, Tokenizer, check_size, load_corpus, tekken
-from logitless.demo.environment import describe_hardware, describe_software
-from logitless.demo.memory import format_bytes, memory_meter
-from logitless.demo.progress import StepProgress
-from logitless.demo.ratios import ratio
-from logitless.demo.runs import RunFolder
-from logitless.demo.train import StepRecord, Trainer, resolve_device
+from logitless_demo.checkpoint import atomic_write
+from logitless_demo.config import HEAD_KINDS, ModelConfig, TrainConfig, with_flags
+from logitless_demo.data import Corpus, Tokenizer, check_size, load_corpus, tekken
+from logitless_demo.environment import describe_hardware, describe_software
+from logitless_demo.memory import format_bytes, memory_meter
+from logitless_demo.progress import StepProgress
+from logitless_demo.ratios import ratio
+from logitless_demo.results import JUDGED_STEPS, LARGEST_DIFFERENCE, Comparison, RunResult
+from logitless_demo.runs import RunFolder
+from logitless_demo.train import Trainer, resolve_device
 
-# In float32 two ways to the same loss differ by rounding alone, which stays far below this for a hundred steps.
-# Training is chaotic, so that in the end any difference grows: later steps are not judged.
-LARGEST_DIFFERENCE = 1e-3
-JUDGED_STEPS = 100
-LAST_STEPS = 10
 # What the two-stage head holds for each logit on a GPU, in bytes: bfloat16 and float32 logits and gradients of both.
 BYTES_PER_LOGIT = 16
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """One training run of the three.
-
-    Attributes:
-        head: which head it used.
-        tokens: tokens a step.
-        records: its steps.
-        held_out_loss: after the last step.
-        total_seconds: from making the model to the held-out loss.
-    """
-
-    head: str
-    tokens: int
-    records: tuple[StepRecord, ...]
-    held_out_loss: float
-    total_seconds: float
-
-    @property
-    def losses(self) -> list[float]:
-        """The loss of each step."""
-        return [record.loss for record in self.records]
-
-    def typical(self, name: str) -> float:
-        """Returns the median over the steps of a number in their records."""
-        return median(getattr(record, name) for record in self.records)
-
-    def summary(self) -> dict[str, float]:
-        """Returns the run in a few numbers; times are medians over the steps, memory is the highest."""
-        return {
-            "training_loss": fmean(self.losses[-LAST_STEPS:]),
-            "held_out_loss": self.held_out_loss,
-            "peak_bytes": max(record.peak_bytes for record in self.records),
-            "head_bytes": max(record.head_bytes for record in self.records),
-            "tokens_per_second": self.tokens / self.typical("seconds"),
-            "step_seconds": self.typical("seconds"),
-            "head_seconds": self.typical("head_seconds"),
-            "body_seconds": self.typical("body_seconds"),
-            "optimizer_seconds": self.typical("optimizer_seconds"),
-            "total_seconds": self.total_seconds,
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All that the report tells.
-
-    Attributes:
-        command: what was typed.
-        created: local time at the start.
-        config: the settings, but for the head.
-        vocabulary: token ids, V.
-        parameters: weights of the model, the tied embedding counted once.
-        train_tokens: tokens to learn from.
-        held_out_tokens: tokens held out.
-        memory: what the memory numbers count.
-        hardware: parts of the machine.
-        software: versions.
-        runs: one for each head, two-stage first.
-    """
-
-    command: str
-    created: str
-    config: TrainConfig
-    vocabulary: int
-    parameters: int
-    train_tokens: int
-    held_out_tokens: int
-    memory: str
-    hardware: dict[str, str]
-    software: dict[str, str]
-    runs: tuple[RunResult, ...]
-
-    def differences(self, run: RunResult) -> list[float]:
-        """Returns, for each step, the run's loss minus that of the two-stage pipeline."""
-        return [own - other for own, other in zip(run.losses, self.runs[0].losses, strict=True)]
-
-    def largest_difference(self, run: RunResult) -> float:
-        """Returns the largest of the differences, without its sign."""
-        return max(map(abs, self.differences(run)))
-
-    @property
-    def exact_is_exact(self) -> bool | None:
-        """Whether the exact head kept to the two-stage losses; None but in float32 on a CPU, where nothing blurs it."""
-        if (self.config.device, self.config.dtype) != ("cpu", "float32"):
-            return None
-        exact = next(run for run in self.runs if run.head == "exact")
-        return all(abs(difference) <= LARGEST_DIFFERENCE for difference in self.differences(exact)[:JUDGED_STEPS])
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns every number as plain JSON data."""
-        data = asdict(self)
-        data["exact_is_exact"] = self.exact_is_exact
-        for run, entry in zip(self.runs, data["runs"], strict=True):
-            entry["summary"] = run.summary() | {"largest_difference": self.largest_difference(run)}
-        return data
 
 
 def demo_preset(device: str, vocabulary: int) -> TrainConfig:
@@ -179,7 +76,7 @@ def run_demo(
     Raises:
         InputError: something given cannot be used.
     """
-    from logitless.demo.report import write_report  # matplotlib takes a second to import; an error above needs none
+    from logitless_demo.report import write_report  # matplotlib takes a second to import; an error above needs none
 
     folder = RunFolder(run_dir)
     folder.refuse_existing()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from logitless.demo.memory import format_bytes
-from logitless.demo.train import StepRecord
+from logitless_demo.memory import format_bytes
+from logitless_demo.train import StepRecord
 
 LINES_WITHOUT_TERMINAL = 6
 

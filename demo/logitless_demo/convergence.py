@@ -1,4 +1,4 @@
-"""``logitless converge``: runs with the exact and with the sampled gradient, each in a file of its own when it ends."""
+"""``logitless-demo converge``: runs with the exact and the sampled gradient, each in a file of its own when it ends."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from logitless.bench.environment import hardware, software
-from logitless.demo.checkpoint import atomic_write, load_checkpoint, save_checkpoint
-from logitless.demo.config import TrainConfig
-from logitless.demo.convergence_summary import standard_error, summarise
-from logitless.demo.data import Corpus, held_out_batches
-from logitless.demo.errors import InputError
-from logitless.demo.frequency import loss_by_frequency, rows_by_frequency
-from logitless.demo.memory import memory_meter
-from logitless.demo.outputs import check_output_folder
-from logitless.demo.progress import StepProgress
-from logitless.demo.study import RUNS, SGD_LEARNING_RATE
-from logitless.demo.tokens import load_tokens
-from logitless.demo.train import StepRecord, Trainer, resolve_device
+from logitless_demo.checkpoint import atomic_write, load_checkpoint, save_checkpoint
+from logitless_demo.config import TrainConfig
+from logitless_demo.convergence_summary import standard_error, summarise
+from logitless_demo.data import Corpus, held_out_batches
+from logitless_demo.environment import describe_hardware, describe_software
+from logitless_demo.errors import InputError
+from logitless_demo.frequency import loss_by_frequency, rows_by_frequency
+from logitless_demo.memory import memory_meter
+from logitless_demo.outputs import check_output_folder
+from logitless_demo.progress import StepProgress
+from logitless_demo.study import RUNS, SGD_LEARNING_RATE
+from logitless_demo.tokens import load_tokens
+from logitless_demo.train import StepRecord, Trainer, resolve_device
 
 # Steps before the clock starts, which are undone: they load libraries, compile and allocate.
 WARM_UP_STEPS = 3
@@ -107,8 +107,8 @@ def run_study(study: StudyConfig, command: str, console: Console) -> int:
             "name": name,
             "command": command,
             "ended": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "hardware": hardware(torch.device(base.device)),
-            "software": software(),
+            "hardware": describe_hardware(base.device),
+            "software": describe_software(),
         }
         with atomic_write(study.output / f"{name}.json") as file:
             file.write(json.dumps({**about, **settings[name], **measured}).encode())

@@ -7,11 +7,10 @@ import json
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from logitless.demo.checkpoint import atomic_write
-from logitless.demo.memory import format_bytes
-from logitless.demo.plots import (
+from logitless_demo.checkpoint import atomic_write
+from logitless_demo.memory import format_bytes
+from logitless_demo.plots import (
     DARK,
     LIGHT,
     Picture,
@@ -22,10 +21,8 @@ from logitless.demo.plots import (
     draw_time,
     render,
 )
-from logitless.demo.ratios import ratio
-
-if TYPE_CHECKING:
-    from logitless.demo.comparison import Comparison
+from logitless_demo.ratios import ratio
+from logitless_demo.results import Comparison
 
 HEAD_NAMES = {"two-stage": "two-stage (logits)", "exact": "exact", "sampled": "sampled"}
 
@@ -151,7 +148,7 @@ def _page(comparison: Comparison, pictures: tuple[Picture, ...]) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>logitless demo, {escape(comparison.created)}</title>
+<title>logitless-demo compare, {escape(comparison.created)}</title>
 <style>{STYLE}</style>
 </head>
 <body>

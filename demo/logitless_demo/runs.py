@@ -1,4 +1,4 @@
-"""``logitless train``: a run in a folder of its own that can be stopped at any moment and taken up again."""
+"""``logitless-demo train``: a run in a folder of its own that can be stopped at any moment and taken up again."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from logitless.demo.checkpoint import TEMPORARY_SUFFIX, atomic_write, load_checkpoint, save_checkpoint, truncate_log
-from logitless.demo.config import TrainConfig, refuse_conflicts, with_flags
-from logitless.demo.data import Corpus, Tokenizer, cached_corpus, check_size, load_corpus, tekken
-from logitless.demo.errors import InputError
-from logitless.demo.memory import MemoryMeter, memory_meter
-from logitless.demo.outputs import check_output_folder
-from logitless.demo.progress import StepProgress
-from logitless.demo.train import Trainer, resolve_device
+from logitless_demo.checkpoint import TEMPORARY_SUFFIX, atomic_write, load_checkpoint, save_checkpoint, truncate_log
+from logitless_demo.config import TrainConfig, refuse_conflicts, with_flags
+from logitless_demo.data import Corpus, Tokenizer, cached_corpus, check_size, load_corpus, tekken
+from logitless_demo.errors import InputError
+from logitless_demo.memory import MemoryMeter, memory_meter
+from logitless_demo.outputs import check_output_folder
+from logitless_demo.progress import StepProgress
+from logitless_demo.train import Trainer, resolve_device
 
 if TYPE_CHECKING:
-    from logitless.demo.parallel import World
+    from logitless_demo.parallel import World
 
 TOKEN_CACHE = ".tokens"  # beside the run folders, so that runs on the same text share it
 
@@ -142,7 +142,7 @@ def run_training(
     Raises:
         InputError: something given cannot be used.
     """
-    from logitless.demo.parallel import check_sizes, join  # what shards weights takes a second to import
+    from logitless_demo.parallel import check_sizes, join  # what shards weights takes a second to import
 
     if resume:
         config, tokens_key = RunFolder(run_dir).read()
@@ -196,7 +196,7 @@ def _train(
 
 def _take_up(trainer: Trainer, folder: RunFolder) -> None:
     """Goes on from the newest checkpoint, if there is one."""
-    from logitless.demo.parallel import last_sharded, load_sharded
+    from logitless_demo.parallel import last_sharded, load_sharded
 
     sharded, alone = last_sharded(folder.path), None
     if folder.checkpoint.exists():
@@ -238,7 +238,7 @@ def _train_to_the_end(trainer: Trainer, folder: RunFolder, console: Console) -> 
     if trainer.step < config.steps:
         console.print(
             f"stopped after step {trainer.step} of {config.steps}; "
-            f"go on with: logitless train --resume {shlex.quote(str(folder.path))}",
+            f"go on with: logitless-demo train --resume {shlex.quote(str(folder.path))}",
             soft_wrap=True,
             highlight=False,
         )
@@ -251,7 +251,7 @@ def _save(trainer: Trainer, folder: RunFolder) -> None:
     if trainer.world is None:
         save_checkpoint(folder.checkpoint, trainer.state_dict())
         return
-    from logitless.demo.parallel import save_sharded
+    from logitless_demo.parallel import save_sharded
 
     save_sharded(folder.path, trainer.world, trainer.model, trainer.optimizer, trainer.step)
 

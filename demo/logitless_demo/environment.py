@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
 
 import logitless
-from logitless.demo.memory import format_bytes
+from logitless_demo.memory import format_bytes
 
 PACKAGES = ("torch", "numpy", "mistral-common", "matplotlib", "rich", "psutil")
 
@@ -31,7 +32,10 @@ def describe_hardware(device: str) -> dict[str, str]:
 
 def describe_software() -> dict[str, str]:
     """Returns the versions of what was run."""
-    packages = {name: version(name) for name in PACKAGES}
+    packages = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     return {
         "logitless": logitless.__version__,
         "Python": platform.python_version(),

@@ -29,10 +29,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from logitless.demo.checkpoint import TEMPORARY_SUFFIX
-from logitless.demo.config import TrainConfig
-from logitless.demo.errors import InputError
-from logitless.demo.model import Decoder
+from logitless_demo.checkpoint import TEMPORARY_SUFFIX
+from logitless_demo.config import TrainConfig
+from logitless_demo.errors import InputError
+from logitless_demo.model import Decoder
 
 CHECKPOINT = "checkpoint-"  # and the number of steps done
 
@@ -113,7 +113,7 @@ def join(data: int, tensor: int, device: str) -> Iterator[World | None]:
     if started != data * tensor:
         raise InputError(
             f"--dp {data} and --tp {tensor} need {data * tensor} processes, and there are {started}: start them with "
-            f"torchrun --nproc-per-node {data * tensor} -m logitless train ..."
+            f"torchrun --nproc-per-node {data * tensor} -m logitless_demo train ..."
         )
     if started == 1:
         yield None

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from logitless.demo.checkpoint import atomic_write
-from logitless.demo.errors import InputError
-from logitless.demo.study import RUNS, pairing
+from logitless_demo.checkpoint import atomic_write
+from logitless_demo.errors import InputError
+from logitless_demo.study import RUNS, pairing
 
 WIDTH = 120  # of the table where the output is no terminal
 
@@ -28,7 +28,7 @@ def summarise(folder: Path, console: Console) -> None:
     Raises:
         InputError: the file of a run cannot be read.
     """
-    from logitless.demo.convergence_plots import draw_figures  # matplotlib takes a second to import
+    from logitless_demo.convergence_plots import draw_figures  # matplotlib takes a second to import
 
     results = read_results(folder)
     summary = {"runs": [describe(name, results) for name in results], "differences": differences(results)}

@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from logitless.demo.errors import InputError
-from logitless.options import Scan
-from logitless.validation import dtype_name
+from logitless_demo.errors import InputError
 
 HeadKind = Literal["two-stage", "exact", "sampled", "compiled"]
 Optimizer = Literal["adamw", "sgd"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Scan = Literal["input", "fp8"]
 
-HEAD_KINDS: tuple[HeadKind, ...] = ("two-stage", "exact", "sampled")  # that `logitless demo` compares
+SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+
+HEAD_KINDS: tuple[HeadKind, ...] = ("two-stage", "exact", "sampled")  # that `logitless-demo compare` trains
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _number(text: str) -> float:
 def _argument_type(hint: Any) -> dict[str, Any]:
     if get_origin(hint) is Literal:
         names = {"choices": get_args(hint)}
-        return {**names, "type": dtype_name} if hint == Precision else names
+        return {**names, "type": lambda name: SHORT_NAMES.get(name, name)} if hint == Precision else names
     if hint is int:
         return {"type": int, "metavar": "N"}
     if hint is float:

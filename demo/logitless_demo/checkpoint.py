@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from logitless.demo.errors import InputError
+from logitless_demo.errors import InputError
 
 TEMPORARY_SUFFIX = ".tmp"
 

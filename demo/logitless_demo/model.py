@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logitless.demo.config import ModelConfig
+from logitless_demo.config import ModelConfig
 
 ROTARY_BASE = 10_000.0
 INITIAL_STD = 0.02

@@ -1,1 +1,0 @@
-"""A small language model that shows the library at work: ``logitless demo`` and ``logitless train``."""
