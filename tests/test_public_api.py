@@ -166,7 +166,7 @@ def test_optional_imports_are_seen():
 RANKS = (
     {"__main__"},
     {"cli"},
-    {"bench"},
+    {"bench", "doctor"},
     {"integrations"},
     {"functional", "module", "report"},
     {"calls"},
@@ -178,7 +178,12 @@ RANKS = (
     {"arguments", "transforms", "errors"},
 )
 
-ABOVE = ("__main__", "cli", "bench")  # which use the package as anybody does, by its public names where these do
+ABOVE = (
+    "__main__",
+    "cli",
+    "bench",
+    "doctor",
+)  # which use the package as anybody does, by its public names where these do
 
 
 def top_of(module: str) -> str:

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_bench(subcommands)
     _add_plan(subcommands)
     _add_tune(subcommands)
+    _add_doctor(subcommands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -191,6 +192,24 @@ def _tune(arguments: argparse.Namespace) -> int:
         raise InputError(str(error)) from error
     problem = Problem(arguments.tokens, arguments.hidden, arguments.vocabulary, dtype)
     return tune(problem, arguments.rounds, arguments.output, Console())
+
+
+def _add_doctor(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "doctor",
+        help="say what this machine has, and which backend would serve what",
+        description="Says which versions and devices are here, which backend would serve which dtype and gradient, why "
+        "not the kernels where they cannot, and whether these are tuned. Put it into a bug report.",
+    )
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    del arguments
+    from logitless.doctor import report
+
+    print(report())
+    return 0
 
 
 def _require_modules(modules: Sequence[str]) -> None:

@@ -172,7 +172,7 @@ def choose_backend(name: str, shape: Shape) -> str:
     """The backend to use: the named one if it can, else an error with its reason."""
     validation.check_backend(name)
     if name == "auto":
-        reason = _triton_refuses(shape) if shape.device_type == "cuda" else "it is for CUDA devices"
+        reason = triton_refuses(shape) if shape.device_type == "cuda" else "it is for CUDA devices"
         if reason is not None and shape.estimated and shape.device_type == "cuda":
             raise ValueError(
                 f"gradient=Sampled(scan='fp8') saves time only in the triton backend, which cannot serve this call: "
@@ -185,7 +185,8 @@ def choose_backend(name: str, shape: Shape) -> str:
     return name
 
 
-def _triton_refuses(shape: Shape) -> str | None:
+def triton_refuses(shape: Shape) -> str | None:
+    """The reason why the triton backend cannot serve a problem of a CUDA device, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return backends.load("triton").unsupported(shape)

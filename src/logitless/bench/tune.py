@@ -64,12 +64,12 @@ def tune(problem: Problem, rounds: int, output: Path, console: Console) -> int:
     from logitless.backends.triton import tiles
 
     device = torch.device("cuda", torch.cuda.current_device())
-    generation, itemsize = tiles.generation(device.index), problem.dtype.itemsize
-    if itemsize not in tiles.TILES[generation]:
+    architecture, itemsize = tiles.architecture(device.index), problem.dtype.itemsize
+    if itemsize not in tiles.TILES[architecture]:
         raise InputError(f"--dtype must be one that the kernels multiply in their own tiles, got {problem.dtype}")
     chosen: dict[str, dict[str, int]] = {}
     for kind, run in _kernels(problem, device).items():
-        built_in = tiles.TILES[generation][itemsize][kind]
+        built_in = tiles.TILES[architecture][itemsize][kind]
         candidates = [built_in, *(tile for tile in _candidates(kind, built_in) if tile != built_in)]
         times = _timed(kind, candidates, run, rounds, device, console)
         best = min(times, key=lambda tile: statistics.median(times[tile]))
@@ -80,7 +80,7 @@ def tune(problem: Problem, rounds: int, output: Path, console: Console) -> int:
             table.add_row(values, f"{statistics.median(times[tile]) * 1e3:.3f}", f"{ratio:.3f}")
         console.print(table)
         chosen[kind] = asdict(best)
-    written.setdefault(generation, {})[str(itemsize)] = chosen
+    written.setdefault(architecture, {})[str(itemsize)] = chosen
     output.write_text(json.dumps(written, indent=2) + "\n")
     console.print(f"wrote {output}; to use it: export {tiles.TUNED_FILE}={output.resolve()}")
     return 0

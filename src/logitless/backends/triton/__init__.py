@@ -33,6 +33,8 @@ def unsupported(shape: Shape) -> str | None:
     """The reason why a problem needs another backend, or None."""
     if shape.device_type != "cuda" and not (shape.device_type == "cpu" and tiles.interpreted()):
         return f"it needs a CUDA device, and the tensors are on {shape.device_type!r}"
+    if torch.version.hip is not None:
+        return "its tiles and its matrix units are those of NVIDIA's GPUs, and PyTorch is built for AMD's"
     if shape.compute_dtype not in DTYPES:
         return f"it computes in bf16, fp16 and fp32, not in {str(shape.compute_dtype).removeprefix('torch.')}"
     if shape.compute_dtype == torch.bfloat16 and tiles.interpreted():

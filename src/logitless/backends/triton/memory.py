@@ -200,15 +200,15 @@ class Rates:
 
 
 RATES = {
-    "hopper": Rates({2: 6.8e14, 4: 3.0e13}, 3.5e12, 4e-5),
-    "other": Rates({2: 2.0e14, 4: 1.5e13}, 1.5e12, 4e-5),
+    "sm90": Rates({2: 6.8e14, 4: 3.0e13}, 3.5e12, 4e-5),
+    **dict.fromkeys(("sm80", "sm100"), Rates({2: 2.0e14, 4: 1.5e13}, 1.5e12, 4e-5)),  # not measured
     "interpreter": Rates({2: 1e12, 4: 1e12}, 1e12, 1e-6),
 }
 
 
 def cost(shape: Shape, schedule: Schedule) -> float:
     """Seconds that a schedule takes, roughly."""
-    rates = RATES[tiles.generation(index_of(shape))]
+    rates = RATES[tiles.architecture(index_of(shape))]
     tile = tiles.tile("scan", shape.compute_dtype.itemsize, index_of(shape))
     processors = tiles.processors(index_of(shape))
     n, d, v = shape.tokens, shape.hidden, shape.vocabulary

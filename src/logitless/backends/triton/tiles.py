@@ -1,13 +1,13 @@
-"""Tile configurations, measured, per GPU generation: the only place that knows a GPU.
+"""Tile configurations by GPU architecture: the only place that knows a GPU. Those of sm90, Hopper, are measured.
 
 Constraints that every entry must meet:
 
-- ``columns`` is the same for the kernels ``scan``, ``store`` and ``window`` of one generation and operand width: the
+- ``columns`` is the same for the kernels ``scan``, ``store`` and ``window`` of one architecture and operand width: the
   table of block sums is made by one kernel and read by another. It is a multiple of ``options.BLOCK``.
 - Of the products over pairs one side is a block of the vocabulary: ``pairs`` has ``rows`` pairs by a block,
   ``pair_weight`` a block by ``columns`` of the hidden size in steps of ``depth`` pairs, and ``pair_hidden`` the rows of
   ``pairs`` by ``columns`` of the hidden size, ``group`` times before the next tile. What is not named is not free.
-- Operands of ``stages`` steps, and the tile that a storing kernel stages, fit shared memory (227 KiB on Hopper).
+- Operands of ``stages`` steps, and the tile that a storing kernel stages, fit shared memory (227 KiB on sm90).
 - ``depth`` times the operands' width is at least 64 bytes, the row of a shared-memory bank pattern.
 """
 
@@ -26,6 +26,7 @@ from triton import knobs
 from logitless.options import BLOCK
 
 Kind = Literal["scan", "store", "window", "pairs", "pair_weight", "pair_hidden"]
+Architecture = Literal["sm80", "sm90", "sm100", "interpreter"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -54,9 +55,16 @@ class Tile:
     stages: int
 
 
-# Generation -> operand bytes -> kernel -> tile. Operands of one byte are those of the scan in eight bits alone.
-TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
-    "hopper": {
+# Small enough for 99 KiB of shared memory.
+UNMEASURED: dict[int, dict[Kind, Tile]] = {
+    1: {"scan": Tile(64, 128, 64, 8, 4, 3)},
+    2: {**dict.fromkeys(KINDS, Tile(64, 128, 32, 8, 4, 3)), "pair_hidden": Tile(64, 64, BLOCK, 4, 4, 2)},
+    4: {**dict.fromkeys(KINDS, Tile(64, 128, 16, 8, 8, 2)), "pair_hidden": Tile(64, 32, BLOCK, 4, 8, 2)},
+}
+
+# Architecture -> operand bytes -> kernel -> tile. Operands of one byte are those of the scan in eight bits alone.
+TILES: dict[Architecture, dict[int, dict[Kind, Tile]]] = {
+    "sm90": {
         1: {"scan": Tile(128, 256, 128, 16, 8, 4)},  # not measured
         2: {
             "scan": Tile(128, 256, 64, 32, 8, 4),
@@ -75,12 +83,8 @@ TILES: dict[str, dict[int, dict[Kind, Tile]]] = {
             "pair_hidden": Tile(64, 64, BLOCK, 4, 8, 2),
         },
     },
-    # Other GPUs: small enough for 99 KiB of shared memory. Not measured.
-    "other": {
-        1: {"scan": Tile(64, 128, 64, 8, 4, 3)},
-        2: {**dict.fromkeys(KINDS, Tile(64, 128, 32, 8, 4, 3)), "pair_hidden": Tile(64, 64, BLOCK, 4, 4, 2)},
-        4: {**dict.fromkeys(KINDS, Tile(64, 128, 16, 8, 8, 2)), "pair_hidden": Tile(64, 32, BLOCK, 4, 8, 2)},
-    },
+    "sm80": UNMEASURED,
+    "sm100": UNMEASURED,
     # Triton's interpreter: several tiles even of small problems.
     "interpreter": {
         1: {"scan": Tile(16, 128, 32, 2, 4, 1)},
@@ -104,11 +108,21 @@ def interpreted() -> bool:
 
 
 @functools.lru_cache
-def generation(index: int | None) -> str:
-    """Name of the generation of a CUDA device; None for the interpreter's."""
+def architecture(index: int | None) -> Architecture:
+    """That of a CUDA device, None for the interpreter's: sm90 for Hopper, sm100 for data centers' Blackwell.
+
+    All others go by sm80: consumers' Blackwell, too, has no more than 99 KiB of shared memory.
+    """
     if index is None:
         return "interpreter"
-    return "hopper" if torch.cuda.get_device_capability(index)[0] == 9 else "other"
+    major, _ = torch.cuda.get_device_capability(index)
+    return "sm90" if major == 9 else "sm100" if major == 10 else "sm80"
+
+
+def measured(index: int | None) -> bool:
+    """Whether the tiles for a device were measured on its architecture, by us or by ``logitless tune``."""
+    name = architecture(index)
+    return name in ("sm90", "interpreter") or name in tuned()
 
 
 @functools.lru_cache
@@ -124,17 +138,34 @@ def processors(index: int | None) -> int:
 
 
 @functools.lru_cache
-def _tuned() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+def tuned() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """The table that the environment names: architecture -> operand bytes -> kernel -> sizes; empty where it does not.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no table, or has architectures that are not known.
+    """
     path = os.environ.get(TUNED_FILE)
-    return json.loads(Path(path).read_text()) if path else {}
+    if not path:
+        return {}
+    try:
+        table = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{TUNED_FILE}={path} must be a table of `logitless tune`, got no JSON ({error})") from error
+    if unknown := sorted(table.keys() - TILES.keys()):
+        raise ValueError(
+            f"{TUNED_FILE}={path} must name architectures among {', '.join(sorted(TILES))}, got {', '.join(unknown)}: "
+            f"run `logitless tune` again"
+        )
+    return table
 
 
 @functools.lru_cache
 def tile(kind: Kind, itemsize: int, index: int | None) -> Tile:
     """The tile of a kernel for operands of that many bytes on that device."""
-    name = generation(index)
-    tuned = _tuned().get(name, {}).get(str(itemsize), {}).get(kind)
-    return TILES[name][itemsize][kind] if tuned is None else Tile(**tuned)
+    name = architecture(index)
+    sizes = tuned().get(name, {}).get(str(itemsize), {}).get(kind)
+    return TILES[name][itemsize][kind] if sizes is None else Tile(**sizes)
 
 
 def device_index(device: torch.device) -> int | None:
