@@ -135,6 +135,9 @@ def unpatch(model: nn.Module) -> None:
     A ``forward`` that somebody else has put around ours since, a trainer or an accelerator, stays; ours does nothing
     within it any more.
 
+    Args:
+        model: what `patch` was given, or the model within it.
+
     Raises:
         ValueError: it is not patched.
     """
