@@ -137,7 +137,7 @@ def recording(capability: Capability) -> Iterator[Recorder]:
         (JITFunction, "run", lambda kernel, *args, **options: recorder.launch(kernel, *args, **options)),
     ]
     with contextlib.ExitStack() as stack:
-        for cached in (tiles.architecture, tiles.multiplies_eight_bits, tiles.processors, tiles.tile):
+        for cached in (tiles.architecture, tiles.has_fp8_mma, tiles.num_sms, tiles.tile):
             cached.cache_clear()
             stack.callback(cached.cache_clear)
         for owner, name, replacement in replaced:

@@ -22,7 +22,7 @@ from logitless.bench.measure import Measurement, Protocol, measure
 from logitless.bench.peers import BASELINE, PEERS, Peer
 from logitless.bench.run import measure_case
 from logitless.bench.table import WIDTH
-from logitless.bench.trained import dequantise_q8, widen
+from logitless.bench.trained import dequantize_q8, widen
 from logitless.cli import main
 
 TINY = Case("tiny", tokens=24, hidden=16, vocabulary=301, trained=False, description="for tests")
@@ -369,7 +369,7 @@ def test_q8_is_scale_times_signed_byte():
     values = torch.arange(-32, 32, dtype=torch.int8).view(2, 32)
     scale = torch.tensor([[0.5], [2.0]], dtype=torch.float16)
     packed = torch.cat((scale.view(torch.uint8), values.view(torch.uint8)), 1)
-    torch.testing.assert_close(dequantise_q8(packed), values.float() * scale.float())
+    torch.testing.assert_close(dequantize_q8(packed), values.float() * scale.float())
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from torch import Tensor
 import logitless
 import test_sampled
 from logitless import backends
+from logitless.fp8 import LEAST_SCALE, MAX_OUTLIERS, left_operand, mean_row, outlier_channels, quantize, right_operand
 from logitless.options import BLOCK
-from logitless.quantisation import LEAST_SCALE, LOUD, left_operand, loud_channels, mean_row, quantise, right_operand
 from problems import DATA, Problem, generator, make_problem, random_problem, smollm2_problem
 from test_sampled import (
     DRAWS,
@@ -45,7 +45,7 @@ def estimating(seed: int, threshold: float = THRESHOLD) -> logitless.Sampled:
     return logitless.Sampled(threshold, scan="fp8", generator=generator(seed))
 
 
-def loud_problem() -> Problem:
+def outlier_problem() -> Problem:
     """A few channels of the hidden states are a hundred times as large as the rest, as trained models have them."""
     problem = make_problem("mixed", TOKENS, 96, VOCABULARY)
     hidden, weight = problem.input.detach().clone(), problem.linear_weight.detach().clone()
@@ -98,7 +98,7 @@ def test_kernels_refuse_smoothing_under_a_cap():
 
 @pytest.mark.parametrize("backend", ["torch", ON_GPU])
 def test_unbiased_where_channels_are_loud(backend):
-    check_unbiased(loud_problem(), backend)
+    check_unbiased(outlier_problem(), backend)
 
 
 @pytest.mark.parametrize("backend", ["torch", ON_GPU])
@@ -110,10 +110,10 @@ def test_unbiased_on_a_trained_head(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["label_smoothing,softcap", "weight,label_smoothing,softcap", "z_loss", "none"])
-@pytest.mark.parametrize("data", [*DATA, "loud"])
+@pytest.mark.parametrize("data", [*DATA, "outliers"])
 def test_backends_agree(data, name):
     """From the same offsets the same blocks with the same weights, and the same estimate."""
-    problem = loud_problem() if data == "loud" else make_problem(data, TOKENS, HIDDEN, VOCABULARY)
+    problem = outlier_problem() if data == "outliers" else make_problem(data, TOKENS, HIDDEN, VOCABULARY)
     problem = problem.with_options(**OPTIONS[name])
     ours, expected = (
         loss_and_gradients(partial(logitless.linear_cross_entropy, backend=backend), problem, gradient=estimating(2))
@@ -124,13 +124,13 @@ def test_backends_agree(data, name):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if not capped_and_smoothed(name)])
-@pytest.mark.parametrize("data", ["mixed", "loud"])
+@pytest.mark.parametrize("data", ["mixed", "outliers"])
 def test_kernels_agree(data, name):
     """As above, with some tokens ignored."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("for Triton's interpreter, which takes tensors on the CPU")
-    problem = loud_problem() if data == "loud" else make_problem(data, TOKENS, HIDDEN, VOCABULARY)
+    problem = outlier_problem() if data == "outliers" else make_problem(data, TOKENS, HIDDEN, VOCABULARY)
     problem = problem.with_options(**OPTIONS[name]).to(torch.float32)
     problem.target[::5] = -100
     ours, expected = (
@@ -142,7 +142,7 @@ def test_kernels_agree(data, name):
 
 
 def test_chunks_do_not_matter():
-    problem = loud_problem().to(torch.float32)
+    problem = outlier_problem().to(torch.float32)
     results = []
     for rows in (5, 16):
         with logitless.schedules.force_strategy("sampled", rows=rows):
@@ -165,14 +165,14 @@ def errors_of(
     return torch.stack([loss.detach() - exact for loss in losses])
 
 
-@pytest.mark.parametrize("data", [*DATA, "loud"])
+@pytest.mark.parametrize("data", [*DATA, "outliers"])
 def test_bias_of_the_loss_is_at_most_half_its_variance(data):
     """The normaliser is unbiased and its logarithm, to second order, off by half the variance, downwards.
 
     Five standard errors of the mean of the draws, and a tenth for the third order. Where the blocks that are not
     certain hold so little that fewer than twelve are expected in all draws, the error may be as much as they hold.
     """
-    problem = loud_problem() if data == "loud" else problem_of(data)
+    problem = outlier_problem() if data == "outliers" else problem_of(data)
     errors = errors_of(problem)
     variance, mean = errors.var(0), errors.mean(0)
     bias = problem.options.get("linear_bias", torch.zeros(()))
@@ -200,7 +200,7 @@ def test_correction_is_worth_it():
     """The scan alone is off by many times the corrected loss."""
     problem = smollm2_problem(128).to(torch.float64)
     hidden, weight = problem.input.detach(), problem.linear_weight.detach()
-    scanned = products_in_eight_bits(hidden, weight, loud_channels(hidden))
+    scanned = products_in_eight_bits(hidden, weight, outlier_channels(hidden))
     exact = hidden @ weight.T
     alone = (scanned.logsumexp(1) - exact.logsumexp(1)).square().mean().sqrt()
     assert errors_of(problem, threshold=1 / 64, draws=2).square().mean().sqrt() < alone / 10
@@ -210,7 +210,7 @@ def test_correction_is_worth_it():
 def test_never_below_what_is_known(backend):
     """A scan that sees mass where there is none: a loss is finite, and no less than what the listed blocks alone give.
 
-    All channels are loud, so most are not taken twice; logits of a hundred are then off by several units.
+    All channels are outliers, so most are not taken twice; logits of a hundred are then off by several units.
     """
     problem = random_problem(64, 256, BLOCK * 8).to(torch.float64)
     problem = replace(problem, input=(problem.input.detach() * 12).requires_grad_())
@@ -319,7 +319,7 @@ def test_without_matrix_units_it_says_so(monkeypatch):
     sizes = {"tokens": 256, "hidden": 64, "vocabulary": 1000, "dtype": torch.float16, "device": "cuda"}
     triton = backends.load("triton") if importlib.util.find_spec("triton") else None
     if triton is not None:
-        monkeypatch.setattr(triton.tiles, "multiplies_eight_bits", lambda index: False)
+        monkeypatch.setattr(triton.tiles, "has_fp8_mma", lambda index: False)
     with pytest.raises(ValueError, match=r"Sampled\(scan='fp8'\) saves time only in the triton.*use scan='input'"):
         logitless.plan(**sizes, gradient=estimating(0))
     plan = logitless.plan(**sizes, gradient=estimating(0), backend="torch")
@@ -342,27 +342,27 @@ def test_rounded_rows():
     """Four digits of two, in units that make a row's largest magnitude 448; what is left over is below half a digit."""
     matrix = torch.randn(40, 64, generator=generator(0), dtype=torch.float64)
     channels = torch.arange(0, 64, 5)
-    quantised = quantise(matrix, channels)
-    assert torch.equal(quantised.values.double().abs().amax(1), torch.full((40,), 448.0, dtype=torch.float64))
-    restored = quantised.values.double() * quantised.scale[:, None]
-    assert (restored - matrix).abs().le(2.0**-4 * matrix.abs() + 2.0**-10 * quantised.scale[:, None]).all()
-    twice = restored[:, channels] + quantised.left_over.double() * quantised.scale[:, None]
+    quantized = quantize(matrix, channels)
+    assert torch.equal(quantized.values.double().abs().amax(1), torch.full((40,), 448.0, dtype=torch.float64))
+    restored = quantized.values.double() * quantized.scale[:, None]
+    assert (restored - matrix).abs().le(2.0**-4 * matrix.abs() + 2.0**-10 * quantized.scale[:, None]).all()
+    twice = restored[:, channels] + quantized.left_over.double() * quantized.scale[:, None]
     wide = matrix[:, channels]
-    assert (twice - wide).abs().le(2.0**-8 * wide.abs() + 2.0**-9 * quantised.scale[:, None]).all()
+    assert (twice - wide).abs().le(2.0**-8 * wide.abs() + 2.0**-9 * quantized.scale[:, None]).all()
 
 
 def test_rows_of_zeros():
-    quantised = quantise(torch.tensor([0.0, 2.0**-120])[:, None].expand(2, 8), torch.arange(2))
-    assert quantised.scale.tolist() == [LEAST_SCALE] * 2
-    assert not quantised.values.float().any()
+    quantized = quantize(torch.tensor([0.0, 2.0**-120])[:, None].expand(2, 8), torch.arange(2))
+    assert quantized.scale.tolist() == [LEAST_SCALE] * 2
+    assert not quantized.values.float().any()
 
 
 def test_loud_channels():
     hidden = torch.ones(300, 200)
-    hidden[:, 50 : 50 + LOUD] = -3
-    hidden[7, 3] = 30  # loud in one row of many is not loud
-    assert loud_channels(hidden).tolist() == list(range(50, 50 + LOUD))
-    assert loud_channels(torch.ones(4, 5)).tolist() == [0, 1, 2, 3, 4]
+    hidden[:, 50 : 50 + MAX_OUTLIERS] = -3
+    hidden[7, 3] = 30  # large in one row of many makes no outlier
+    assert outlier_channels(hidden).tolist() == list(range(50, 50 + MAX_OUTLIERS))
+    assert outlier_channels(torch.ones(4, 5)).tolist() == [0, 1, 2, 3, 4]
 
 
 def products_in_eight_bits(hidden: Tensor, weight: Tensor, channels: Tensor) -> Tensor:
@@ -372,8 +372,8 @@ def products_in_eight_bits(hidden: Tensor, weight: Tensor, channels: Tensor) -> 
 
 def test_operands_hold_three_products():
     hidden, weight = (torch.randn(rows, 80, generator=generator(rows), dtype=torch.float64) for rows in (7, 9))
-    channels, mean = loud_channels(hidden), mean_row(weight)
-    x, w = quantise(hidden, channels), quantise(weight - mean, channels)
+    channels, mean = outlier_channels(hidden), mean_row(weight)
+    x, w = quantize(hidden, channels), quantize(weight - mean, channels)
     parts = [
         (x.values, w.values),
         (x.values.double()[:, channels], w.left_over),
@@ -389,9 +389,9 @@ def test_what_logits_have_in_common_costs_no_accuracy(shift):
     """A part of the weight that all rows share fills no digits of theirs: products are off by no more than without."""
     hidden, weight = (torch.randn(rows, 80, generator=generator(rows), dtype=torch.float64) for rows in (16, 300))
     hidden[:, 0], weight[:, 0] = 1.0, shift
-    error = products_in_eight_bits(hidden, weight, loud_channels(hidden)) - hidden @ weight.T
+    error = products_in_eight_bits(hidden, weight, outlier_channels(hidden)) - hidden @ weight.T
     weight[:, 0] = 0
-    without = products_in_eight_bits(hidden, weight, loud_channels(hidden)) - hidden @ weight.T
+    without = products_in_eight_bits(hidden, weight, outlier_channels(hidden)) - hidden @ weight.T
     assert error.norm() <= 1.1 * without.norm()
 
 
@@ -400,7 +400,7 @@ def test_loud_channels_cost_no_accuracy():
     hidden, weight = (torch.randn(rows, 96, generator=generator(rows), dtype=torch.float64) for rows in (64, 500))
     hidden[:, :3] *= 100
     exact = hidden @ weight.T
-    none, some = torch.arange(0), loud_channels(hidden)
+    none, some = torch.arange(0), outlier_channels(hidden)
     without, given = (
         (products_in_eight_bits(hidden, weight, channels) - exact).square().mean().sqrt() for channels in (none, some)
     )

@@ -26,7 +26,7 @@ from logitless.backends.triton.dense import new_statistics
 from logitless.backends.triton.launch import Tables, table_rows
 from logitless.backends.triton.pairs import list_tiles_kernel, start_tiles_kernel
 from logitless.backends.triton.rows import order_rows
-from logitless.backends.triton.selection import GROUP, Selection, residuals
+from logitless.backends.triton.selection import ROWS_PER_WORD, Selection, residuals
 from logitless.options import BLOCK, Scan
 from logitless.sampling import block_count, kept_pairs_bound, most_sampled
 from problems import generator, random_problem
@@ -217,7 +217,7 @@ def test_room_is_that_of_the_plan():
     problem = problem_of(1 / 16)
     _, left = select(problem, exponents("flat"))
     assert [(tuple(t.shape), t.dtype) for t in left] == residuals(problem.shape)
-    assert ROWS % GROUP  # the last group is not full
+    assert ROWS % ROWS_PER_WORD  # the last group is not full
 
 
 # --- the products over pairs ------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from logitless.precision import FEWER_DIGITS, own_precision
+from logitless.precision import FEWER_DIGITS, full_precision_accumulation
 
 GPU = torch.device("cuda")  # settings can be made without one
 
@@ -25,9 +25,9 @@ def before(request):
 
 
 def test_sums_are_unrounded(before):
-    with own_precision(GPU):
+    with full_precision_accumulation(GPU):
         assert settings() == [False] * len(FEWER_DIGITS)
-        with own_precision(GPU):
+        with full_precision_accumulation(GPU):
             assert settings() == [False] * len(FEWER_DIGITS)
         assert settings() == [False] * len(FEWER_DIGITS)
     assert settings() == before
@@ -35,7 +35,7 @@ def test_sums_are_unrounded(before):
 
 def test_until_the_last_is_out(before):
     """Threads that come and go by turns, as those of several devices do."""
-    first, second = own_precision(GPU), own_precision(GPU)
+    first, second = full_precision_accumulation(GPU), full_precision_accumulation(GPU)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -45,18 +45,18 @@ def test_until_the_last_is_out(before):
 
 
 def test_settings_after_an_error(before):
-    with pytest.raises(KeyError), own_precision(GPU):
+    with pytest.raises(KeyError), full_precision_accumulation(GPU):
         raise KeyError
     assert settings() == before
 
 
 def test_other_devices_settings_stay(before):
-    with own_precision(torch.device("cpu")):
+    with full_precision_accumulation(torch.device("cpu")):
         assert settings() == before
 
 
 def test_no_autocast():
     with torch.autocast("cpu", torch.bfloat16):
-        with own_precision(torch.device("cpu")):
+        with full_precision_accumulation(torch.device("cpu")):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

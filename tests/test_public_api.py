@@ -180,7 +180,7 @@ RANKS = (
     {"compiled"},
     {"validation", "objective", "planning", "operators"},
     {"schedules", "sharding", "dtensors"},
-    {"backends", "sampling", "quantisation"},
+    {"backends", "sampling", "fp8"},
     {"options", "precision"},
     {"arguments", "transforms", "errors"},
 )

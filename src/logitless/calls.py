@@ -283,7 +283,7 @@ def evaluate(
         sharded=layout is not None,
         frozen_columns=weight.shape[1] - trained.shape[1],
     )
-    plan, gathers_again = _plan(shape, objective.scalar, options, layout)
+    plan, regather_in_backward = _plan(shape, objective.scalar, options, layout)
     call = operators.Call(
         shape=shape,
         plan=plan,
@@ -297,7 +297,7 @@ def evaluate(
         offsets=offsets,
         shard=shard,
         appended=None if operands.appended is None else trained.dtype,
-        gathers_again=gathers_again,
+        regather_in_backward=regather_in_backward,
     )
     return operators.apply(hidden, weight, linear_bias, target, call, operands.appended)
 

@@ -35,14 +35,14 @@ class Arguments:
         sequence_parallel: whether the hidden states are sharded over it.
         sharded_dimension: of the hidden states' leading shape, along which a DTensor has them sharded over the group;
             it was moved to the front.
-        tokens_apart: whether ranks that are not of the group have tokens of their own.
+        tokens_sharded: whether ranks that are not of the group have tokens of their own.
     """
 
     tensors: dict[str, Any]
     group: ProcessGroup | None
     sequence_parallel: bool
     sharded_dimension: int = 0
-    tokens_apart: bool = False
+    tokens_sharded: bool = False
 
     def local(self) -> Arguments:
         """The same with local tensors in the place of DTensors.
@@ -78,7 +78,7 @@ def is_dtensor(value: object) -> TypeIs[DTensor]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def arrived(tensor: torch.Tensor) -> torch.Tensor:
+def wait_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, once the collective that it comes from is done.
 
     What `torch.distributed.tensor` hands on may be a tensor in name, whose memory another object holds and whose
@@ -157,7 +157,7 @@ def _localised(given: Arguments) -> Arguments:
         group=group,
         sequence_parallel=sequence_parallel and group is not None,
         sharded_dimension=moved,
-        tokens_apart=any(kind == "own" and mesh.size(d) > 1 and d != vocabulary for d, kind in enumerate(tokens)),
+        tokens_sharded=any(kind == "own" and mesh.size(d) > 1 and d != vocabulary for d, kind in enumerate(tokens)),
     )
 
 

@@ -172,7 +172,7 @@ def linear_cross_entropy(
             label_smoothing=validation.check_label_smoothing(label_smoothing),
             z_loss=validation.check_z_loss(z_loss),
         )
-        normalizer = validation.check_normalizer(normalizer, reduction, input, tokens_apart=given.tokens_apart)
+        normalizer = validation.check_normalizer(normalizer, reduction, input, tokens_sharded=given.tokens_sharded)
         if weight is not None:
             own = (linear_weight.shape[0],)
             validation.check_weighting("weight", weight, input, own, "one for each row of linear_weight")

@@ -15,11 +15,11 @@ import torch
 
 from logitless import backends
 from logitless.backends.contract import Gradients, Problem, Schedule, Shape, Statistics, rows_of
-from logitless.dtensors import arrived
+from logitless.dtensors import wait_tensor
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.options import HeadOptions
 from logitless.planning import Plan
-from logitless.precision import own_precision
+from logitless.precision import full_precision_accumulation
 from logitless.sharding import Merging, Shard, of_target
 from logitless.transforms import check_upstream
 
@@ -49,7 +49,7 @@ class Call:
         offsets: as in ``Problem``.
         shard: this rank's part, where the vocabulary is in shards.
         appended: dtype of the last columns of the weight, where these alone have a gradient; else None.
-        gathers_again: whether hidden states that are sharded too are gathered anew for the backward pass.
+        regather_in_backward: whether hidden states that are sharded too are gathered anew for the backward pass.
     """
 
     shape: Shape
@@ -64,7 +64,7 @@ class Call:
     offsets: torch.Tensor | None
     shard: Shard | None = None
     appended: torch.dtype | None = None
-    gathers_again: bool = False
+    regather_in_backward: bool = False
 
     def problem(
         self,
@@ -126,7 +126,10 @@ def evaluate(
     schedule, backend, objective = call.plan.schedule, backends.load(call.plan.backend), call.objective
     prepared, shard = None, call.shard
     merge = None if shard is None else Merging(shard, call.smoothing)
-    with own_precision(hidden.device), torch.cuda.device_of(hidden):  # kernels start on the current device
+    with (
+        full_precision_accumulation(hidden.device),
+        torch.cuda.device_of(hidden),
+    ):  # kernels start on the current device
         problem = call.problem(hidden, weight, bias, target, merge)
         ahead = None
         if schedule.strategy == "chunked" or schedule.prepared:
@@ -211,7 +214,7 @@ def differentiate(
     upstream: tuple[torch.Tensor | None, ...],
 ) -> Gradients:
     """Gradients of the rows that count, of weight and of bias, in accumulation dtypes; residuals may be used up."""
-    with own_precision(hidden.device), torch.cuda.device_of(hidden):
+    with full_precision_accumulation(hidden.device), torch.cuda.device_of(hidden):
         problem, backend = call.problem(hidden, weight, bias, target), backends.load(call.plan.backend)
         if call.plan.schedule.prepared:
             (grad,) = upstream
@@ -257,14 +260,14 @@ class _LinearHead(torch.autograd.Function):
         appended: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         del appended  # for its gradient
-        hidden, weight = arrived(hidden), arrived(weight)
-        bias = None if bias is None else arrived(bias)
+        hidden, weight = wait_tensor(hidden), wait_tensor(weight)
+        bias = None if bias is None else wait_tensor(bias)
         # No collective or copy may depend on autocast, which one rank alone could fail under.
         with torch.autocast(hidden.device.type, enabled=False):
             gathered = hidden if call.shard is None else call.shard.layout.gathered(hidden)
             outputs, ctx.statistics, ctx.prepared = evaluate(call, gathered, weight, bias, target)
         ctx.call = call
-        ctx.save_for_backward(hidden if call.gathers_again else gathered, weight, bias, target)
+        ctx.save_for_backward(hidden if call.regather_in_backward else gathered, weight, bias, target)
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         ctx.set_materialize_grads(False)
         return outputs
@@ -274,7 +277,7 @@ class _LinearHead(torch.autograd.Function):
         check_upstream(*upstream)
         hidden, weight, bias, target = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            if ctx.call.gathers_again:
+            if ctx.call.regather_in_backward:
                 hidden = ctx.call.shard.layout.gathered(hidden)
             gradients = _gradients(ctx, hidden, weight, bias, target, upstream)
         if torch.is_grad_enabled():  # create_graph=True

@@ -24,7 +24,7 @@ _allowed: list[str] = []
 
 
 @contextlib.contextmanager
-def own_precision(device: torch.device) -> Iterator[None]:
+def full_precision_accumulation(device: torch.device) -> Iterator[None]:
     """Within, autocast is off, and products of 16-bit operands add up in fp32 throughout.
 
     The settings are the process's: they are off until the last of the threads that are within is out.

@@ -347,14 +347,14 @@ def check_class_weight(value: object) -> torch.Tensor:
 
 
 def check_normalizer(
-    value: object, reduction: str, input: torch.Tensor, *, tokens_apart: bool
+    value: object, reduction: str, input: torch.Tensor, *, tokens_sharded: bool
 ) -> torch.Tensor | float | None:
     """A number or scalar tensor, not negative, for the mean only.
 
     Where DTensors shard the tokens gradients are summed over the ranks, and a mean needs the number of all.
     """
     if value is None:
-        if tokens_apart and reduction == "mean":
+        if tokens_sharded and reduction == "mean":
             raise ValueError(
                 "normalizer must be given for reduction='mean' where DTensors shard the tokens, of which this rank "
                 "knows its own: pass logitless.count_tokens(target, group=mesh.get_group(dimension)) of local targets"

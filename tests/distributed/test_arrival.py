@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 
 from implementations import TRITON_STORED, WITH_TRITON
-from logitless.dtensors import arrived
+from logitless.dtensors import wait_tensor
 from problems import generator
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
@@ -29,7 +29,7 @@ def test_its_memory(group):
     tensor = all_reduce(torch.arange(3.0), "sum", group)
     assert isinstance(tensor, AsyncCollectiveTensor)
     assert tensor.data_ptr() == 0
-    plain = arrived(tensor)
+    plain = wait_tensor(tensor)
     assert type(plain) is torch.Tensor
     assert plain.tolist() == [0, 1, 2]
 

@@ -88,7 +88,7 @@ STARTED = "started"
 
 def meet(store: dist.Store, place: str, size: int, limit: timedelta) -> None:
     """Wait until all ranks are there, each of which may have waited in several collectives."""
-    if store.add(f"{place}/arrived", 1) == size:
+    if store.add(f"{place}/wait_tensor", 1) == size:
         store.set(f"{place}/complete", "yes")
     store.wait([f"{place}/complete"], 4 * limit)
 

@@ -568,15 +568,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "patched twice": (patched, ValueError, r"patched already, got a LlamaForCausalLM; call logitless.unpatch\(model\)"),
     "no weight": (lambda: with_head(nn.Identity()), ValueError, r"with a weight \[V, D\], got a Identity"),
     "subclass": (lambda: with_head(Doubling(HIDDEN, VOCABULARY, bias=False)), ValueError, "lm_head .* got a Doubling"),
-    "quantised": (
+    "quantized": (
         lambda: with_head(Packed()),
         ValueError,
-        r"with a weight \[V, D\], got a Packed whose weight is quantised, of torch.uint8: leave the head",
+        r"with a weight \[V, D\], got a Packed whose weight is quantized, of torch.uint8: leave the head",
     ),
     "in eight bits": (
         lambda: with_weight(torch.zeros(VOCABULARY, HIDDEN).to(torch.float8_e4m3fn)),
         ValueError,
-        "got a Linear whose weight is quantised, of torch.float8_e4m3fn: leave the head out of the quantisation",
+        "got a Linear whose weight is quantized, of torch.float8_e4m3fn: leave the head out of the quantization",
     ),
     "tensor of another kind": (
         lambda: with_weight(Int4(torch.zeros(VOCABULARY, HIDDEN // 2, dtype=torch.uint8))),

@@ -32,8 +32,8 @@ from logitless.backends.contract import (
     Statistics,
     TensorForm,
 )
+from logitless.fp8 import left_operand, mean_row, outlier_channels, right_operand
 from logitless.options import BLOCK
-from logitless.quantisation import left_operand, loud_channels, mean_row, right_operand
 from logitless.sampling import block_sums, inclusion_weights, mix_in_smoothing
 
 READS_MATRIX = False
@@ -89,7 +89,7 @@ def _scanned_logits(problem: Problem) -> torch.Tensor:
     if not problem.shape.estimated:
         return _logits(problem)
     hidden, weight = _operands(problem)
-    channels, mean = loud_channels(hidden), mean_row(weight)
+    channels, mean = outlier_channels(hidden), mean_row(weight)
     return _after_product(problem, left_operand(hidden, channels, mean) @ right_operand(weight, channels, mean).T)
 
 

@@ -50,7 +50,7 @@ def load_trained_head(path: Path) -> TrainedHead:
         raise InputError(f"--trained-head: {path} must hold tensors 'hidden', 'labels', and 'weight' or 'q8'")
     if "weight" not in content:
         _check_q8(path, content["q8"])
-    weight = content["weight"].float() if "weight" in content else dequantise_q8(content["q8"])
+    weight = content["weight"].float() if "weight" in content else dequantize_q8(content["q8"])
     head = TrainedHead(content["hidden"].float(), weight, content["labels"].long())
     _check_shapes(path, head)
     return head
@@ -74,7 +74,7 @@ def _check_shapes(path: Path, head: TrainedHead) -> None:
         raise InputError(f"--trained-head: labels of {path} must lie in [0, {weight.shape[0]}), as its weight has rows")
 
 
-def dequantise_q8(packed: torch.Tensor) -> torch.Tensor:
+def dequantize_q8(packed: torch.Tensor) -> torch.Tensor:
     """uint8 [V, d / 32 * 34] -> fp32 [V, d]."""
     groups = packed.unflatten(1, (-1, Q8_BYTES))
     scale = groups[..., :2].contiguous().view(torch.float16).float()

@@ -231,10 +231,10 @@ def _instead_of_known(weight: Any) -> str:
     if _has_own_products(weight):
         return (
             f" whose weight is a {type(weight).__name__}, a subclass of torch.Tensor with products of its own, as "
-            "quantised weights of torchao are: leave the head out of the quantisation"
+            "quantized weights of torchao are: leave the head out of the quantization"
         )
     if weight.dtype not in DTYPES:
-        return f" whose weight is quantised, of {weight.dtype}: leave the head out of the quantisation"
+        return f" whose weight is quantized, of {weight.dtype}: leave the head out of the quantization"
     return f" whose weight has shape {_whole_shape(weight)}"
 
 

@@ -11,8 +11,8 @@ from logitless.backends.contract import Problem, Statistics
 from logitless.backends.torch.pairs import GROUP_ROWS, Pairs
 from logitless.backends.torch.smoothing import smoothed_weight, smoothing_weights
 from logitless.backends.torch.tiles import Projection, slices
+from logitless.fp8 import left_operand, mean_row, outlier_channels, right_operand
 from logitless.options import BLOCK
-from logitless.quantisation import left_operand, loud_channels, mean_row, right_operand
 
 Operand = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -27,7 +27,7 @@ class ScanProjection(Projection):
         """For tiles of at most [rows, columns]."""
         super().__init__(problem, rows, columns)
         hidden = problem.hidden_rows(slice(0, problem.shape.tokens))
-        self._channels, self._mean = loud_channels(hidden), mean_row(problem.weight)
+        self._channels, self._mean = outlier_channels(hidden), mean_row(problem.weight)
         width = problem.shape.hidden + 2 * self._channels.shape[0] + 1
         self._window = self.buffer(columns * width).view(columns, width)
         self._hidden = self.buffer(problem.shape.tokens * width).view(-1, width)

@@ -13,8 +13,8 @@ from logitless.backends.torch.dense import ADDED_ROWS, PARTIAL, TARGET_ROWS
 from logitless.backends.torch.estimated import ROUNDED_ROWS
 from logitless.backends.torch.pairs import GROUP_ROWS
 from logitless.backends.torch.tiles import scratch_elements
+from logitless.fp8 import MAX_OUTLIERS
 from logitless.options import BLOCK
-from logitless.quantisation import LOUD
 from logitless.sampling import block_count, kept_pairs_bound
 
 # Vectors of 8 bytes a row that live at the same time, statistics and what forms them; counted high.
@@ -191,7 +191,7 @@ def _sampled_forward(shape: Shape, schedule: Schedule) -> int:
 def _estimated_scan(shape: Shape, schedule: Schedule) -> int:
     """Operands in the statistics dtype, and what rounding some of their rows takes."""
     rows, window = min(schedule.rows, shape.tokens), min(schedule.window, shape.vocabulary)
-    width, item = shape.hidden + 2 * LOUD + 1, shape.statistics_dtype.itemsize
+    width, item = shape.hidden + 2 * MAX_OUTLIERS + 1, shape.statistics_dtype.itemsize
     tables = 2 if "smooth_logit" in shape.statistics else 1
     return (
         _hidden_rows(shape, shape.tokens)

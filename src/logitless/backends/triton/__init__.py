@@ -39,7 +39,7 @@ def unsupported(shape: Shape) -> str | None:
         return f"it computes in bf16, fp16 and fp32, not in {str(shape.compute_dtype).removeprefix('torch.')}"
     if shape.compute_dtype == torch.bfloat16 and tiles.interpreted():
         return "Triton's interpreter misreads bf16 operands"
-    if shape.estimated and not tiles.multiplies_eight_bits(index_of(shape)):
+    if shape.estimated and not tiles.has_fp8_mma(index_of(shape)):
         return "the device has no matrix units for Sampled(scan='fp8'), which come with compute capability 8.9"
     if shape.estimated and shape.softcapped and "smooth_logit" in shape.statistics:
         return "under a softcap it smooths labels only with Sampled(scan='input')"

@@ -28,9 +28,9 @@ from logitless.backends.contract import (
     ceil_div,
     lodging_spacing,
 )
+from logitless.backends.triton.fp8_quantize import Rounding
 from logitless.backends.triton.launch import Launcher, Tables, table_rows
 from logitless.backends.triton.products import multiply, scale_left
-from logitless.backends.triton.quantise import Rounding
 from logitless.backends.triton.rows import RowOrder, scatter_rows
 from logitless.backends.triton.softmax_gradient import sum_columns
 

@@ -145,17 +145,17 @@ class Launcher:
         if rounded is not None:
             tile = tiles.tile("scan", rounded[0].values.element_size(), self._index)
         columns_of_tiles = ceil_div(columns.stop - columns.start, tile.columns)
-        programs = min(tiles.processors(self._index), ceil_div(hidden.shape[0], tile.rows) * columns_of_tiles)
+        programs = min(tiles.num_sms(self._index), ceil_div(hidden.shape[0], tile.rows) * columns_of_tiles)
         absent = tables.log_sum
         if rounded is None:
             operands, scales = self._operands(hidden, tile), (absent, absent, absent)
         else:
             shapes = ([tile.rows, tile.depth], [tile.columns, tile.depth])
-            operands = tuple(described(side.values, shape) for side, shape in zip(rounded, shapes, strict=True))
+            operands = tuple(tma_descriptor(side.values, shape) for side, shape in zip(rounded, shapes, strict=True))
             scales = (rounded[0].scales, or_other(rounded[0].shifts, absent), rounded[1].scales)
         scan_kernel[(programs,)](
             *operands,
-            operands[0] if softmax is None else described(softmax, [1, tile.rows, tile.columns]),
+            operands[0] if softmax is None else tma_descriptor(softmax, [1, tile.rows, tile.columns]),
             *scales,
             or_other(self._bias, absent),
             or_other(self._smoothing, absent),
@@ -309,7 +309,7 @@ class Launcher:
         if rows == 0:
             return
         columns_of_tiles = ceil_div(columns.stop - columns.start, tile.columns)
-        programs = min(tiles.processors(self._index), ceil_div(rows, tile.rows) * columns_of_tiles)
+        programs = min(tiles.num_sms(self._index), ceil_div(rows, tile.rows) * columns_of_tiles)
         clear_rows_kernel[(ceil_div(rows, CLEARED_ROWS),)](
             gradient,
             self.rows.count,
@@ -323,7 +323,7 @@ class Launcher:
         )
         window_gradient_kernel[(programs,)](
             *self._operands(hidden, tile),
-            described(gradient, [tile.rows, tile.columns]),
+            tma_descriptor(gradient, [tile.rows, tile.columns]),
             or_other(self._bias, coefficients.a),
             or_other(self._smoothing, coefficients.a),
             statistics.peak,
@@ -395,7 +395,7 @@ class Launcher:
         }
 
     def _operands(self, hidden: torch.Tensor, tile: tiles.Tile) -> tuple[TensorDescriptor, TensorDescriptor]:
-        return described(hidden, [tile.rows, tile.depth]), described(self.weight, [tile.columns, tile.depth])
+        return tma_descriptor(hidden, [tile.rows, tile.depth]), tma_descriptor(self.weight, [tile.columns, tile.depth])
 
 
 def table_rows(rows: int) -> int:
@@ -431,7 +431,7 @@ def readable(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 and aligned else matrix.clone(memory_format=torch.contiguous_format)
 
 
-def described(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
+def tma_descriptor(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box)
 
 

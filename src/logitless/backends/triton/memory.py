@@ -14,8 +14,8 @@ import torch
 from logitless.backends.contract import Schedule, Shape, ceil_div
 from logitless.backends.triton import sampled, selection, tiles
 from logitless.backends.triton.dense import padded, runs
+from logitless.backends.triton.fp8_quantize import SUMMED_SEGMENTS, operand_width
 from logitless.backends.triton.launch import table_block, table_rows
-from logitless.backends.triton.quantise import SUMMED_SEGMENTS, operand_width
 from logitless.options import BLOCK
 
 # Vectors of 4 bytes a row: order, target, statistics, coefficients and what forms them.
@@ -210,14 +210,14 @@ def cost(shape: Shape, schedule: Schedule) -> float:
     """Seconds that a schedule takes, roughly."""
     rates = RATES[tiles.architecture(index_of(shape))]
     tile = tiles.tile("scan", shape.compute_dtype.itemsize, index_of(shape))
-    processors = tiles.processors(index_of(shape))
+    num_sms = tiles.num_sms(index_of(shape))
     n, d, v = shape.tokens, shape.hidden, shape.vocabulary
     column = 2 * n * d / rates.products[shape.compute_dtype.itemsize]  # one column of logits
 
     def whole_waves(rows: int, columns: int) -> float:
         """Time of a product over its ideal, from the last wave of tiles that is not full."""
         count = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns)
-        return ceil_div(count, processors) * processors / max(1, count)
+        return ceil_div(count, num_sms) * num_sms / max(1, count)
 
     chunks = ceil_div(n, max(1, schedule.rows))
     seconds = column * v * whole_waves(min(schedule.rows, max(1, n)), v) + chunks * rates.step

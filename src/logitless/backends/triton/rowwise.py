@@ -355,7 +355,7 @@ def gradient_in_place(
     vector = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None
     absent = ahead.a
     block = min(BLOCK, max(LEAST_BLOCK, triton.next_power_of_2(vocabulary)))
-    programs = min(rows, tiles.processors(tiles.device_index(products.device)))
+    programs = min(rows, tiles.num_sms(tiles.device_index(products.device)))
     row_kernel[(programs,)](
         products,
         absent if problem.counted is None else problem.counted,

@@ -18,7 +18,8 @@ from logitless.backends.contract import Coefficients, Gradients, Problem, Schedu
 from logitless.backends.triton import tiles
 from logitless.backends.triton.correction import correct_kernel, kept_gradient_kernel, pair_sums_kernel, row_dots_kernel
 from logitless.backends.triton.dense import Scratch, new_statistics, scan_rows, slices, write_ranks
-from logitless.backends.triton.launch import Launcher, described, input_precision, or_other, readable
+from logitless.backends.triton.fp8_quantize import Rounding
+from logitless.backends.triton.launch import Launcher, input_precision, or_other, readable, tma_descriptor
 from logitless.backends.triton.pairs import (
     list_tiles_kernel,
     pair_gradient_kernel,
@@ -28,8 +29,7 @@ from logitless.backends.triton.pairs import (
     start_tiles_kernel,
     weighted_sums_kernel,
 )
-from logitless.backends.triton.quantise import Rounding
-from logitless.backends.triton.selection import GROUP, Kept, Selection, smoothing_shares
+from logitless.backends.triton.selection import ROWS_PER_WORD, Kept, Selection, smoothing_shares
 from logitless.options import BLOCK
 from logitless.sampling import block_count, poisoned_rows
 
@@ -45,7 +45,7 @@ SEGMENTS = 256
 
 def rows_at_a_time(shape: Shape, schedule: Schedule) -> int:
     """Rows whose table exists at a time: whole groups of the selection."""
-    return min(ceil_div(schedule.rows, GROUP) * GROUP, shape.tokens)
+    return min(ceil_div(schedule.rows, ROWS_PER_WORD) * ROWS_PER_WORD, shape.tokens)
 
 
 def most_tiles(shape: Shape, pairs: int, tile: int) -> int:
@@ -116,7 +116,7 @@ class _Grouped:
         self._tile, self._weight_tile, self._hidden_tile = (
             tiles.tile(kind, dtype.itemsize, index) for kind in ("pairs", "pair_weight", "pair_hidden")
         )
-        self._processors = tiles.processors(index)
+        self._num_sms = tiles.num_sms(index)
         self._blocks = block_count(self._shape.vocabulary)
         self._precision = input_precision(dtype)
         count = most_tiles(self._shape, self._pairs.shape[0], self._tile.rows)
@@ -142,10 +142,10 @@ class _Grouped:
         sums, weights = self._empty(rows, slots), self._empty(self._pairs.shape[0])
         excess = self._empty(self._pairs.shape[0], BLOCK, dtype=self._shape.compute_dtype)
         scanned = statistics.log_sum.clone()
-        programs, size = GRADIENT_PROGRAMS * self._processors, triton.next_power_of_2(slots)
+        programs, size = GRADIENT_PROGRAMS * self._num_sms, triton.next_power_of_2(slots)
         pair_sums_kernel[(programs,)](
             self._hidden,
-            described(self._weight, [BLOCK, self._tile.depth]),
+            tma_descriptor(self._weight, [BLOCK, self._tile.depth]),
             self._pairs,
             self._starts,
             self._tile_starts,
@@ -222,7 +222,7 @@ class _Grouped:
     ) -> torch.Tensor:
         """[P, BLOCK] the gradient of the pairs' logits, of what ``correct`` returned."""
         gradient, softcap = torch.empty_like(excess), self._problem.head.softcap
-        programs = ELEMENTWISE_PROGRAMS * self._processors
+        programs = ELEMENTWISE_PROGRAMS * self._num_sms
         kept_gradient_kernel[(programs,)](
             excess,
             self._pairs,
@@ -254,10 +254,10 @@ class _Grouped:
         gradient = self._empty(self._pairs.shape[0], BLOCK, dtype=self._shape.compute_dtype)
         shares = smoothing_shares(problem)
         assert self._shape.threshold is not None
-        programs = GRADIENT_PROGRAMS * self._processors
+        programs = GRADIENT_PROGRAMS * self._num_sms
         pair_gradient_kernel[(programs,)](
             self._hidden,
-            described(self._weight, [BLOCK, self._tile.depth]),
+            tma_descriptor(self._weight, [BLOCK, self._tile.depth]),
             self._pairs,
             self._starts,
             self._tile_starts,
@@ -357,7 +357,7 @@ class _Grouped:
         in_order = torch.are_deterministic_algorithms_enabled()
         width = OWNED if in_order else tile.columns
         operands = (
-            described(self._weight, [BLOCK, width]),
+            tma_descriptor(self._weight, [BLOCK, width]),
             gradient,
             self._pairs,
             self._starts,
@@ -373,7 +373,7 @@ class _Grouped:
             grid = (ceil_div(shape.hidden, width),)
             pair_hidden_gradient_in_order_kernel[grid](*operands, **constants, num_warps=4)
         else:
-            programs = HIDDEN_PROGRAMS * self._processors
+            programs = HIDDEN_PROGRAMS * self._num_sms
             pair_hidden_gradient_kernel[(programs,)](
                 *operands, programs, **constants, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages
             )

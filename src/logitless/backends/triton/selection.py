@@ -31,7 +31,7 @@ from logitless.options import BLOCK
 from logitless.sampling import SMOOTHING_SHARE, block_count, block_shares, kept_pairs_bound, most_sampled
 
 # Rows whose bits share a word.
-GROUP = 32
+ROWS_PER_WORD = 32
 ONE: tl.constexpr = tl.constexpr(2.0**44)
 SHIFT: tl.constexpr = tl.constexpr(44)
 MIX: tl.constexpr = tl.constexpr(SMOOTHING_SHARE)
@@ -145,7 +145,7 @@ def select_kernel(
     order,  # [N] int32
     target,  # [N] int32, packed
     count,  # [1] int32
-    bits,  # [ceil(N / GROUP), B] int32, written: which pairs are listed, a bit a row
+    bits,  # [ceil(N / ROWS_PER_WORD), B] int32, written: which pairs are listed, a bit a row
     own,  # [N] int8, packed, written: whether the target's block is kept
     kept_blocks,  # [N, most + 1] int32, written where ESTIMATED, at the caller's places, as the two that follow
     kept_shares,  # [N, most + 1] fp32
@@ -156,7 +156,7 @@ def select_kernel(
     blocks,
     inverse_threshold,
     most,
-    GROUP: tl.constexpr,
+    ROWS_PER_WORD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -165,10 +165,10 @@ def select_kernel(
 ):
     """List pairs of rows ``first_row`` on, of which a row keeps no more than ``most`` whatever the masses are.
 
-    Grid: groups of GROUP rows x segments of BLOCKS blocks. Rows past the count list nothing.
+    Grid: groups of ROWS_PER_WORD rows x segments of BLOCKS blocks. Rows past the count list nothing.
     """
-    lane = tl.arange(0, GROUP)
-    row = tl.program_id(0) * GROUP + lane
+    lane = tl.arange(0, ROWS_PER_WORD)
+    row = tl.program_id(0) * ROWS_PER_WORD + lane
     place = first_row + row
     counts = (row < rows) & (place < tl.load(count))
     origin = tl.load(order + place, mask=counts, other=0)
@@ -205,7 +205,7 @@ def select_kernel(
     block = first + tl.arange(0, BLOCKS)
     is_own = (block[:, None] == own_block[None, :]) & counts[None, :]
     word = tl.sum((kept | is_own).to(tl.int32) << lane[None, :], 1)
-    group = (first_row // GROUP + tl.program_id(0)).to(tl.int64)
+    group = (first_row // ROWS_PER_WORD + tl.program_id(0)).to(tl.int64)
     tl.store(bits + group * blocks + block, word, mask=block < blocks)
     own_kept = tl.sum((kept & is_own).to(tl.int32), 0)
     own_here = (own_block >= first) & (own_block < first + BLOCKS)
@@ -269,7 +269,7 @@ def list_pairs_kernel(
     tokens,
     groups,
     blocks,
-    GROUP: tl.constexpr,
+    ROWS_PER_WORD: tl.constexpr,
     GROUPS: tl.constexpr,
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -285,8 +285,8 @@ def list_pairs_kernel(
     segment = tl.program_id(1)
     free = tl.load(starts + block, mask=block < blocks, other=0)
     free += counted(counts, block, blocks, segment, SEGMENTS, BLOCKS)
-    lane = tl.arange(0, GROUP)
-    below_lane = (tl.full((GROUP,), 1, tl.uint32) << lane.to(tl.uint32)) - 1
+    lane = tl.arange(0, ROWS_PER_WORD)
+    below_lane = (tl.full((ROWS_PER_WORD,), 1, tl.uint32) << lane.to(tl.uint32)) - 1
     end = tl.minimum((segment + 1) * SEGMENT, groups)
     for first in range(segment * SEGMENT, end, GROUPS):
         group = first + tl.arange(0, GROUPS)
@@ -297,7 +297,7 @@ def list_pairs_kernel(
         at = free[None, :] + tl.cumsum(size, 0) - size
         rank = population(word[:, :, None] & below_lane[None, None, :])
         listed = ((word[:, :, None] >> lane.to(tl.uint32)[None, None, :]) & 1) != 0
-        place = group[:, None] * GROUP + lane[None, :]
+        place = group[:, None] * ROWS_PER_WORD + lane[None, :]
         exists = place < tokens
         row = tl.load(order + place, mask=exists, other=0)
         own_block = tl.load(target + place, mask=exists, other=0) // BLOCK
@@ -331,7 +331,7 @@ def residuals(shape: Shape) -> list[TensorForm]:
 
 def workspace(shape: Shape, rows: int) -> int:
     """Bytes that listing pairs takes besides these, for that many rows' table at a time."""
-    blocks, groups = block_count(shape.vocabulary), ceil_div(shape.tokens, GROUP)
+    blocks, groups = block_count(shape.vocabulary), ceil_div(shape.tokens, ROWS_PER_WORD)
     bits = 4 * blocks * (groups + ceil_div(groups, COUNTED_GROUPS))
     return bits + shape.tokens + 8 * rows * ceil_div(blocks, SELECTED_BLOCKS)
 
@@ -388,17 +388,17 @@ class Selection:
         shape, device = problem.shape, problem.hidden.device
         self._problem, self._rows = problem, rows
         self._blocks = block_count(shape.vocabulary)
-        self._bits = torch.empty(ceil_div(shape.tokens, GROUP), self._blocks, dtype=torch.int32, device=device)
+        self._bits = torch.empty(ceil_div(shape.tokens, ROWS_PER_WORD), self._blocks, dtype=torch.int32, device=device)
         self._own = torch.empty(shape.tokens, dtype=torch.int8, device=device)
         self._shares = smoothing_shares(problem)
         self.kept = Kept.none(shape, device) if shape.estimated else None
 
     def add(self, tables: Tables, first_row: int, rows: int, statistics: Statistics) -> None:
-        """List the pairs of places ``first_row``, a multiple of GROUP, on."""
+        """List the pairs of places ``first_row``, a multiple of ROWS_PER_WORD, on."""
         problem, threshold, offsets = self._problem, self._problem.shape.threshold, self._problem.offsets
         assert threshold is not None
         assert offsets is not None
-        assert first_row % GROUP == 0
+        assert first_row % ROWS_PER_WORD == 0
         if rows == 0:
             return
         segments = ceil_div(self._blocks, SELECTED_BLOCKS)
@@ -420,7 +420,7 @@ class Selection:
             MIXED=self._shares is not None,
             num_warps=4,
         )
-        select_kernel[(ceil_div(rows, GROUP), segments)](
+        select_kernel[(ceil_div(rows, ROWS_PER_WORD), segments)](
             tables.peak,
             tables.log_sum,
             shares,
@@ -436,7 +436,7 @@ class Selection:
             *((self._bits, shares, shares) if kept is None else (kept.blocks, kept.shares, kept.weights)),
             *where,
             most_sampled(problem.shape.vocabulary, threshold),
-            GROUP=GROUP,
+            ROWS_PER_WORD=ROWS_PER_WORD,
             BLOCK=BLOCK,
             BLOCKS=SELECTED_BLOCKS,
             SEGMENTS=SELECTED_SEGMENTS,
@@ -471,7 +471,7 @@ class Selection:
             self._problem.shape.tokens,
             groups,
             blocks,
-            GROUP=GROUP,
+            ROWS_PER_WORD=ROWS_PER_WORD,
             GROUPS=LISTED_GROUPS,
             SEGMENT=COUNTED_GROUPS,
             SEGMENTS=COUNTED_SEGMENTS,

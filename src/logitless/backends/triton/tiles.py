@@ -126,13 +126,13 @@ def measured(index: int | None) -> bool:
 
 
 @functools.lru_cache
-def multiplies_eight_bits(index: int | None) -> bool:
+def has_fp8_mma(index: int | None) -> bool:
     """Whether a device has matrix units for e4m3 operands; the interpreter multiplies anything."""
     return index is None or torch.cuda.get_device_capability(index) >= (8, 9)
 
 
 @functools.lru_cache
-def processors(index: int | None) -> int:
+def num_sms(index: int | None) -> int:
     """How many persistent programs fill the device."""
     return INTERPRETER_PROGRAMS if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 

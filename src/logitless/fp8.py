@@ -7,8 +7,8 @@ with what their rounding left over, rounded again, on either side. The product i
 
     <x, w>  ~  s_x s_w (<q(x), q(w)> + <q(x)_C, r(w)_C> + <r(x)_C, q(w)_C>)
 
-with q a rounded row, r what that left over, rounded, and C the ``LOUD`` channels whose hidden states have the largest
-mean square. On SmolLM2's head that leaves 0.4 of the error for ``2 LOUD`` more columns.
+with q a rounded row, r what that left over, rounded, and C the ``MAX_OUTLIERS`` channels whose hidden states have the
+largest mean square. On SmolLM2's head that leaves 0.4 of the error for ``2 MAX_OUTLIERS`` more columns.
 
 What all rows of the weight have in common shifts all logits of a token alike, which no softmax sees, and would fill
 the eight bits: of a shift of 1e4 they would lose nats. So a mean row w of the weight is subtracted before it is
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-LOUD = 32
+MAX_OUTLIERS = 32
 FORMAT = torch.float8_e4m3fn
 LARGEST = 448.0
 # Least scale of a row, whose inverse is finite: rows of smaller numbers, and of zeros, have this one.
@@ -39,7 +39,7 @@ class Quantised:
 
     Attributes:
         values: [R, D] e4m3, in units of the row's scale.
-        left_over: [R, C] e4m3, in the same units: what rounding the loud channels left.
+        left_over: [R, C] e4m3, in the same units: what rounding the outlier channels left.
         scale: [R] fp32 (fp64 for fp64 matrices).
     """
 
@@ -48,16 +48,16 @@ class Quantised:
     scale: torch.Tensor
 
 
-def loud_channels(hidden: torch.Tensor) -> torch.Tensor:
+def outlier_channels(hidden: torch.Tensor) -> torch.Tensor:
     """[C] int64 ascending indices of the channels of hidden states [N, D] that are taken twice."""
-    size = min(LOUD, hidden.shape[1])
+    size = min(MAX_OUTLIERS, hidden.shape[1])
     energy = torch.zeros(hidden.shape[1], dtype=torch.float32, device=hidden.device)
     for rows in hidden.split(SUMMED_ROWS):
         energy += rows.float().square().sum(0)
     return energy.nan_to_num(torch.inf).topk(size).indices.sort().values
 
 
-def quantise(
+def quantize(
     matrix: torch.Tensor,  # [R, D]
     channels: torch.Tensor,  # [C]
 ) -> Quantised:
@@ -86,19 +86,19 @@ def mean_row(weight: torch.Tensor) -> torch.Tensor:
 
 def left_operand(matrix: torch.Tensor, channels: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """[R, D + 2 C + 1] what a product takes of the hidden states, scales multiplied in; in fp32, or fp64."""
-    quantised = quantise(matrix, channels)
-    values = quantised.values.to(quantised.scale.dtype)
-    left_over = quantised.left_over.to(quantised.scale.dtype)
+    quantized = quantize(matrix, channels)
+    values = quantized.values.to(quantized.scale.dtype)
+    left_over = quantized.left_over.to(quantized.scale.dtype)
     shift = (matrix.to(mean.dtype) @ mean).to(values.dtype)[:, None]
-    return torch.cat((torch.cat((values, values[:, channels], left_over), 1) * quantised.scale[:, None], shift), 1)
+    return torch.cat((torch.cat((values, values[:, channels], left_over), 1) * quantized.scale[:, None], shift), 1)
 
 
 def right_operand(matrix: torch.Tensor, channels: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """[R, D + 2 C + 1] what it takes of the weight, whose ``mean_row`` is subtracted."""
-    quantised = quantise(matrix.to(mean.dtype) - mean, channels)
-    values = quantised.values.to(quantised.scale.dtype)
-    left_over = quantised.left_over.to(quantised.scale.dtype)
-    rounded = torch.cat((values, left_over, values[:, channels]), 1) * quantised.scale[:, None]
+    quantized = quantize(matrix.to(mean.dtype) - mean, channels)
+    values = quantized.values.to(quantized.scale.dtype)
+    left_over = quantized.left_over.to(quantized.scale.dtype)
+    rounded = torch.cat((values, left_over, values[:, channels]), 1) * quantized.scale[:, None]
     return torch.cat((rounded, torch.ones_like(rounded[:, :1])), 1)
 
 

@@ -1,11 +1,11 @@
-"""Operands of the scan in eight bits, as ``logitless/quantisation.py`` defines them.
+"""Operands of the scan in eight bits, as ``logitless/fp8.py`` defines them.
 
     scale_r = max(max_k |m_rk| / 448, 2^-100)         of the weight, m less its mean row
     values[r, k] = e4m3(m_rk * (1 / scale_r))          k < D
-    then, for the loud channels c, values[r, c] and e4m3(m_rc * (1 / scale_r) - values[r, c]), the second first for the
-    weight
+    then, for the outlier channels c, values[r, c] and e4m3(m_rc * (1 / scale_r) - values[r, c]), the second
+    first for the weight
 
-so that one product of [N, W] and [V, W] operands, W = D + 2 LOUD and a few zeros, has all three terms.
+so that one product of [N, W] and [V, W] operands, W = D + 2 MAX_OUTLIERS and a few zeros, has all three terms.
 """
 
 # A launch takes num_warps besides the kernel's own parameters.
@@ -20,7 +20,7 @@ import triton.language as tl
 from logitless.backends.contract import Problem, ceil_div
 from logitless.backends.triton.launch import Rounded, or_other, readable
 from logitless.backends.triton.tiles import interpreted
-from logitless.quantisation import FORMAT, LARGEST, LEAST_SCALE, LOUD, averaged_rows
+from logitless.fp8 import FORMAT, LARGEST, LEAST_SCALE, MAX_OUTLIERS, averaged_rows
 
 # Elements to which rows are padded with zeros: 16 bytes, as the tensor copy engine wants them.
 ALIGNMENT = 16
@@ -93,7 +93,7 @@ def row_part(source, mean, column, columns, WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def quantise_rows_kernel(
+def quantize_rows_kernel(
     matrix,  # [R, stride]
     channels,  # [taken] int64
     mean,  # [columns] fp32
@@ -107,12 +107,12 @@ def quantise_rows_kernel(
     padding,
     COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr,
-    LOUD: tl.constexpr,
+    MAX_OUTLIERS: tl.constexpr,
     PADDING: tl.constexpr,
     WEIGHT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """A row's scale and rounded values, its loud channels once more and what their rounding left, zeros for the rest.
+    """A row's scale and rounded values, its outlier channels again and what their rounding left, zeros for the rest.
 
     Of a row of the weight the mean row is subtracted before; a row of the hidden states has its product with that too.
     Grid: rows. WHOLE: COLUMNS are all, so that they are read once.
@@ -139,19 +139,21 @@ def quantise_rows_kernel(
             x, _ = row_part(source, mean, first + column, columns, WEIGHT)  # pyright: ignore
             tl.store(result + first + column, e4m3(x * inverse, INTERPRETED), mask=first + column < columns)
 
-    lane = tl.arange(0, LOUD)
+    lane = tl.arange(0, MAX_OUTLIERS)
     channel = tl.load(channels + lane, mask=lane < taken, other=0)
-    loud = tl.load(source + channel, mask=lane < taken, other=0.0).to(tl.float32)
+    outlier = tl.load(source + channel, mask=lane < taken, other=0.0).to(tl.float32)
     if WEIGHT:
-        loud -= tl.load(mean + channel, mask=lane < taken, other=0.0)
-    loud *= inverse
-    rounded = e4m3(loud, INTERPRETED)
-    left_over = e4m3(loud - rounded.to(tl.float32), INTERPRETED)
+        outlier -= tl.load(mean + channel, mask=lane < taken, other=0.0)
+    outlier *= inverse
+    rounded = e4m3(outlier, INTERPRETED)
+    left_over = e4m3(outlier - rounded.to(tl.float32), INTERPRETED)
     tl.store(result + columns + lane, left_over if WEIGHT else rounded)
-    tl.store(result + columns + LOUD + lane, rounded if WEIGHT else left_over)
+    tl.store(result + columns + MAX_OUTLIERS + lane, rounded if WEIGHT else left_over)
     rest = tl.arange(0, PADDING)
     tl.store(
-        result + columns + 2 * LOUD + rest, tl.zeros((PADDING,), tl.float32).to(tl.float8e4nv), mask=rest < padding
+        result + columns + 2 * MAX_OUTLIERS + rest,
+        tl.zeros((PADDING,), tl.float32).to(tl.float8e4nv),
+        mask=rest < padding,
     )
 
 
@@ -161,10 +163,10 @@ WIDEST = 8192
 
 def operand_width(hidden: int) -> int:
     """W, elements of a row of an operand."""
-    return ceil_div(hidden + 2 * LOUD, ALIGNMENT) * ALIGNMENT
+    return ceil_div(hidden + 2 * MAX_OUTLIERS, ALIGNMENT) * ALIGNMENT
 
 
-def loud_channels(
+def outlier_channels(
     hidden: torch.Tensor,  # [N, D]
     counted: torch.Tensor | None,  # [N]
 ) -> torch.Tensor:
@@ -185,10 +187,10 @@ def loud_channels(
         MASKED=counted is not None,
         num_warps=4,
     )
-    return sums.sum(0).nan_to_num(torch.inf).topk(min(LOUD, columns)).indices.sort().values
+    return sums.sum(0).nan_to_num(torch.inf).topk(min(MAX_OUTLIERS, columns)).indices.sort().values
 
 
-def quantise_rows(
+def quantize_rows(
     matrix: torch.Tensor,  # [R, D]
     channels: torch.Tensor,  # [C]
     mean: torch.Tensor,  # [D]
@@ -200,7 +202,7 @@ def quantise_rows(
         return
     size = min(WIDEST, triton.next_power_of_2(columns))
     values, weight = operand.values, operand.shifts is None
-    quantise_rows_kernel[(rows,)](
+    quantize_rows_kernel[(rows,)](
         matrix,
         channels,
         mean,
@@ -211,10 +213,10 @@ def quantise_rows(
         values.stride(0),
         columns,
         channels.shape[0],
-        values.shape[1] - columns - 2 * LOUD,
+        values.shape[1] - columns - 2 * MAX_OUTLIERS,
         COLUMNS=size,
         WHOLE=columns <= size,
-        LOUD=LOUD,
+        MAX_OUTLIERS=MAX_OUTLIERS,
         PADDING=ALIGNMENT,
         WEIGHT=weight,
         INTERPRETED=interpreted(),
@@ -235,15 +237,15 @@ class Rounding:
 
     def __init__(self, problem: Problem, rows: int) -> None:
         """For up to that many rows at a time; the weight is rounded at once."""
-        self._channels = loud_channels(problem.hidden, problem.counted)
+        self._channels = outlier_channels(problem.hidden, problem.counted)
         weight, device = readable(problem.weight), problem.hidden.device
         self._mean = averaged_rows(weight).mean(0, dtype=torch.float32)
         self._hidden = new_operand(rows, problem.shape.hidden, device, weight=False)
         self._weight = new_operand(problem.shape.vocabulary, problem.shape.hidden, device, weight=True)
-        quantise_rows(weight, self._channels, self._mean, self._weight)
+        quantize_rows(weight, self._channels, self._mean, self._weight)
 
     def operands(self, hidden: torch.Tensor) -> tuple[Rounded, Rounded]:
         """Rows [R, D] of the hidden states, and the weight; valid until the next call."""
         rounded = self._hidden.rows(hidden.shape[0])
-        quantise_rows(hidden, self._channels, self._mean, rounded)
+        quantize_rows(hidden, self._channels, self._mean, rounded)
         return rounded, self._weight

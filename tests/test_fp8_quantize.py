@@ -1,4 +1,4 @@
-"""The kernels that round operands to eight bits, against ``logitless/quantisation.py``."""
+"""The kernels that round operands to eight bits, against ``logitless/fp8.py``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("triton")
 
 from kernels import DEVICE, DTYPES
-from logitless.backends.triton import quantise as kernels
-from logitless.backends.triton.quantise import loud_channels, new_operand, operand_width, quantise_rows
-from logitless.quantisation import LARGEST, LEAST_SCALE, LOUD, mean_row, quantise
-from logitless.quantisation import loud_channels as expected_channels
+from logitless.backends.triton import quantize as kernels
+from logitless.backends.triton.fp8_quantize import new_operand, operand_width, outlier_channels, quantize_rows
+from logitless.fp8 import LARGEST, LEAST_SCALE, MAX_OUTLIERS, mean_row, quantize
+from logitless.fp8 import outlier_channels as expected_channels
 from problems import generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,29 +36,29 @@ def test_operand(size, dtype, weight):
     values, scale = operand.values, operand.scales
     assert values.shape == (rows, operand_width(columns))
     assert operand_width(columns) % 16 == 0
-    quantise_rows(matrix, channels, mean, operand)
-    expected = quantise(matrix.float() - mean if weight else matrix, channels)
+    quantize_rows(matrix, channels, mean, operand)
+    expected = quantize(matrix.float() - mean if weight else matrix, channels)
     if operand.shifts is not None:
         torch.testing.assert_close(operand.shifts, matrix.float() @ mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scale, expected.scale, rtol=2e-7, atol=0)
     assert torch.equal(values[:, :columns].float(), expected.values.float())
     count, parts = channels.shape[0], [expected.values[:, channels], expected.left_over]
     for place, part in enumerate(reversed(parts) if weight else parts):
-        start = columns + place * LOUD
+        start = columns + place * MAX_OUTLIERS
         assert torch.equal(values[:, start : start + count].float(), part.float())
-        assert not values[:, start + count : start + LOUD].float().any()
-    assert not values[:, columns + 2 * LOUD :].float().any()
+        assert not values[:, start + count : start + MAX_OUTLIERS].float().any()
+    assert not values[:, columns + 2 * MAX_OUTLIERS :].float().any()
 
 
 def test_rows_wider_than_a_program_takes_at_once(monkeypatch):
     matrix = matrix_of(4, 200)
-    channels, mean = torch.arange(LOUD, device=DEVICE), mean_row(matrix)
+    channels, mean = torch.arange(MAX_OUTLIERS, device=DEVICE), mean_row(matrix)
     for weight in (True, False):
         monkeypatch.undo()
         whole, parts = (new_operand(4, 200, matrix.device, weight=weight) for _ in range(2))
-        quantise_rows(matrix, channels, mean, whole)
+        quantize_rows(matrix, channels, mean, whole)
         monkeypatch.setattr(kernels, "WIDEST", 64)
-        quantise_rows(matrix, channels, mean, parts)
+        quantize_rows(matrix, channels, mean, parts)
         assert torch.equal(whole.scales, parts.scales)
         assert torch.equal(whole.values.view(torch.uint8), parts.values.view(torch.uint8))
         if whole.shifts is not None and parts.shifts is not None:
@@ -74,7 +74,7 @@ def test_rows_without_numbers():
     matrix[2, 3] = torch.nan
     operand = new_operand(5, 16, matrix.device, weight=False)
     values, scale = operand.values, operand.scales
-    quantise_rows(matrix, torch.arange(16, device=DEVICE), torch.zeros(16, device=DEVICE), operand)
+    quantize_rows(matrix, torch.arange(16, device=DEVICE), torch.zeros(16, device=DEVICE), operand)
     assert scale[0] == scale[4] == LEAST_SCALE
     assert not values[[0, 4], :16].float().any()
     products = values[:, :16].float().sum(1) * scale
@@ -94,7 +94,7 @@ def test_loud_channels(size, masked):
         hidden[~counted] = torch.nan
     else:
         expected = expected_channels(hidden)
-    given = loud_channels(hidden, counted)
-    assert given.shape == (min(LOUD, size[1]),)
+    given = outlier_channels(hidden, counted)
+    assert given.shape == (min(MAX_OUTLIERS, size[1]),)
     if expected is not None:
         assert torch.equal(given, expected)
