@@ -51,7 +51,7 @@ class Implementation:
     strategy: str | None = None
     rows: int | None = None  # tokens a chunk
     window: int | None = None  # vocabulary columns a window
-    kept: int | None = None  # windows kept besides those that lodge in the weight's gradient
+    kept: int | None = None  # windows kept besides those aliased with the weight's gradient
     prepared: bool = False  # whether the gradient of the logits is formed in the forward pass
     sampled: bool = False
     scan: logitless.options.Scan = "input"

@@ -81,7 +81,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     vector: bool = False  # whether the smoothing is one number for each column
-    counted: str = "all"  # or "some", "one", "none"
+    valid_mask: str = "all"  # or "some", "one", "none"
     coarse: bool = False  # operands of few digits, so that products are exact and some logits equal
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ class Head:
             bias=bias,
             target=torch.randint(vocabulary, (tokens,), generator=generator(5)).to(DEVICE),
             head=HeadOptions(self.scale, self.softcap),
-            counted=self._mask(tokens),
+            valid_mask=self._mask(tokens),
             smoothing=smoothing if self.vector else 1 / vocabulary,
             main_grad=None,
             offsets=None,
@@ -135,12 +135,12 @@ class Head:
         return torch.randn(*size, generator=generator(seed), dtype=torch.float64)
 
     def _mask(self, tokens: int) -> Tensor | None:
-        if self.counted == "all":
+        if self.valid_mask == "all":
             return None
         mask = torch.zeros(tokens, dtype=torch.bool)
-        if self.counted == "some":
+        if self.valid_mask == "some":
             mask = torch.rand(tokens, generator=generator(6)) < 0.6
-        if self.counted == "one":
+        if self.valid_mask == "one":
             mask[tokens // 2] = True
         return mask.to(DEVICE)
 
@@ -148,14 +148,14 @@ class Head:
 def counting(problem: Problem) -> Tensor:
     """[N] bool rows that count."""
     everything = torch.ones(problem.shape.tokens, dtype=torch.bool, device=DEVICE)
-    return everything if problem.counted is None else problem.counted
+    return everything if problem.valid_mask is None else problem.valid_mask
 
 
 def only_counting(problem: Problem) -> Problem:
     """The problem of the rows that count alone."""
     mask = counting(problem)
     shape = replace(problem.shape, tokens=int(mask.sum()))
-    return replace(problem, shape=shape, hidden=problem.hidden[mask], target=problem.target[mask], counted=None)
+    return replace(problem, shape=shape, hidden=problem.hidden[mask], target=problem.target[mask], valid_mask=None)
 
 
 def logits(problem: Problem, dtype: torch.dtype, narrow: torch.dtype | None = None) -> Tensor:

@@ -160,9 +160,9 @@ EXACT: dict[str, dict] = {
     "prepared": {"strategy": "stored", "prepared": True},
     "chunked": {"strategy": "chunked", "rows": 16},
     "stored": {"strategy": "stored"},
-    "windowed": {"strategy": "windowed", "window": 256, "lodged": 0},
-    "lodged": {"strategy": "windowed", "window": 256},
-    "kept": {"strategy": "windowed", "window": 256, "lodged": 0, "kept": 1},
+    "windowed": {"strategy": "windowed", "window": 256, "aliased": 0},
+    "aliased": {"strategy": "windowed", "window": 256},
+    "kept": {"strategy": "windowed", "window": 256, "aliased": 0, "kept": 1},
     "loss_only": {"strategy": "loss_only", "rows": 16},
 }
 SCALAR = ("prepared", "chunked")
@@ -264,7 +264,7 @@ def losses(dtypes: Dtypes, sizes: Sizes = SIZES, strategies: tuple[str, ...] = (
 def statistics(dtypes: Dtypes, sizes: Sizes = SIZES) -> Iterator[Call]:
     """Calls of ``token_statistics`` likewise."""
     others = ("entropy", "prediction", "target_rank")
-    for strategy in ("stored", "windowed", "lodged", "kept", "loss_only", "input"):
+    for strategy in ("stored", "windowed", "aliased", "kept", "loss_only", "input"):
         for softcap, bias, chosen in itertools.product(
             (False, True), (None, FP32, BF16, FP16), itertools.product((False, True), repeat=len(others))
         ):

@@ -26,11 +26,11 @@ STRATEGIES: dict[str, dict] = {
     "prepared": {"strategy": "stored", "prepared": True},
     "stored": {"strategy": "stored"},
     "chunked": {"strategy": "chunked", "rows": 300},
-    "windowed": {"strategy": "windowed", "window": 512, "lodged": 0},
-    "lodged": {"strategy": "windowed", "window": 512},
-    "kept": {"strategy": "windowed", "window": 512, "lodged": 0, "kept": 2},
+    "windowed": {"strategy": "windowed", "window": 512, "aliased": 0},
+    "aliased": {"strategy": "windowed", "window": 512},
+    "kept": {"strategy": "windowed", "window": 512, "aliased": 0, "kept": 2},
 }
-ANY_UPSTREAM = ("stored", "windowed", "lodged", "kept")
+ANY_UPSTREAM = ("stored", "windowed", "aliased", "kept")
 each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 each_any_upstream = pytest.mark.parametrize("strategy", ANY_UPSTREAM)
 

@@ -87,14 +87,14 @@ def test_rows_without_numbers():
 @pytest.mark.parametrize("size", [(1, 8), (300, 200)], ids=str)
 def test_loud_channels(size, masked):
     hidden = matrix_of(*size)
-    counted = None
+    valid_mask = None
     if masked:
-        counted = torch.rand(size[0], generator=generator(0)).to(DEVICE) < 0.5
-        expected = expected_channels(hidden[counted]) if counted.any() else None
-        hidden[~counted] = torch.nan
+        valid_mask = torch.rand(size[0], generator=generator(0)).to(DEVICE) < 0.5
+        expected = expected_channels(hidden[valid_mask]) if valid_mask.any() else None
+        hidden[~valid_mask] = torch.nan
     else:
         expected = expected_channels(hidden)
-    given = outlier_channels(hidden, counted)
+    given = outlier_channels(hidden, valid_mask)
     assert given.shape == (min(MAX_OUTLIERS, size[1]),)
     if expected is not None:
         assert torch.equal(given, expected)

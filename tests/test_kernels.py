@@ -75,10 +75,10 @@ MASKS = {
 @pytest.mark.parametrize("rows", [0, 1, 2, 17, 4095, 4096, 4097, 9001])
 def test_order_of_rows(rows, mask):
     """Rows that count come first, each kind in its order; the kernel walks 4096 at a time."""
-    counted = MASKS[mask](rows)
+    valid_mask = MASKS[mask](rows)
     target = torch.randint(50_000, (rows,), generator=generator(1)).to(DEVICE)
-    given = order_rows(target, counted)
-    counts = torch.ones(rows, dtype=torch.bool, device=DEVICE) if counted is None else counted
+    given = order_rows(target, valid_mask)
+    counts = torch.ones(rows, dtype=torch.bool, device=DEVICE) if valid_mask is None else valid_mask
     expected = torch.cat([counts.nonzero()[:, 0], (~counts).nonzero()[:, 0]])
     assert given.order.dtype == given.target.dtype == given.count.dtype == torch.int32
     assert torch.equal(given.order.long(), expected)
@@ -140,15 +140,15 @@ def test_gathered_rows_of_a_wider_matrix():
 def test_scattered_rows(mask, columns):
     """Back where they came from, by chunks; rows that do not count give zeros, whatever their chunk holds."""
     rows, chunk = 37, 10
-    counted = MASKS[mask](rows)
-    order = order_rows(torch.zeros(rows, dtype=torch.int64, device=DEVICE), counted)
+    valid_mask = MASKS[mask](rows)
+    order = order_rows(torch.zeros(rows, dtype=torch.int64, device=DEVICE), valid_mask)
     source = values(rows, columns)
     packed = gather_rows(source, order, 0, torch.empty_like(source))
     packed[int(order.count) :] = NAN
     result = torch.full_like(source, NAN)
     for first in range(0, rows, chunk):
         scatter_rows(packed[first : first + chunk], order, first, result)
-    counts = torch.ones(rows, dtype=torch.bool, device=DEVICE) if counted is None else counted
+    counts = torch.ones(rows, dtype=torch.bool, device=DEVICE) if valid_mask is None else valid_mask
     assert torch.equal(result, source.masked_fill(~counts[:, None], 0))
 
 
@@ -247,15 +247,15 @@ HEADS = [
     Head("bias", bias=True, vector=True),
     Head("scale", scale=0.75, bias=True),
     Head("softcap", softcap=5.0, vector=True),
-    Head("everything", bias=True, scale=0.75, softcap=5.0, vector=True, counted="some"),
+    Head("everything", bias=True, scale=0.75, softcap=5.0, vector=True, valid_mask="some"),
     Head("masked tiles", masked=(0, 1, 4)),
-    Head("masked", masked=(0, 1, 2, 3, 4), counted="some"),
+    Head("masked", masked=(0, 1, 2, 3, 4), valid_mask="some"),
     # Sums of exponentials out of fp32's range, in some tiles or in all: none may be taken without a maximum.
     Head("far apart", span=4096.0, vector=True),
     Head("very small", bias=True, shift=-1e4),
-    Head("very large", bias=True, shift=1e4, counted="some"),
-    Head("one row", counted="one", bias=True),
-    Head("no row", counted="none", bias=True),
+    Head("very large", bias=True, shift=1e4, valid_mask="some"),
+    Head("one row", valid_mask="one", bias=True),
+    Head("no row", valid_mask="none", bias=True),
 ]
 HEADS += [replace(head, dtype=dtype) for dtype in DTYPES[1:] for head in HEADS[:6]]
 
@@ -370,7 +370,7 @@ def test_statistics_not_asked_for_are_not_computed():
 
 
 @pytest.mark.parametrize(
-    "head", [Head("ties", coarse=True), Head("ties", DTYPES[1], coarse=True, scale=0.5, counted="some")], ids=str
+    "head", [Head("ties", coarse=True), Head("ties", DTYPES[1], coarse=True, scale=0.5, valid_mask="some")], ids=str
 )
 def test_prediction_and_rank_of_equal_logits(head):
     """The first of the largest logits is predicted, within a tile and across tiles; equal logits are not above."""
@@ -464,8 +464,10 @@ def test_order_of_rows_does_not_matter():
     """
     problem = replace(HEADS[4], coarse=DEVICE == "cpu").problem(50, 24, 515)
     turn = torch.randperm(50, generator=generator(8)).to(DEVICE)
-    assert problem.counted is not None
-    turned = replace(problem, hidden=problem.hidden[turn], target=problem.target[turn], counted=problem.counted[turn])
+    assert problem.valid_mask is not None
+    turned = replace(
+        problem, hidden=problem.hidden[turn], target=problem.target[turn], valid_mask=problem.valid_mask[turn]
+    )
     first, second = scanned(problem)[2], scanned(turned)[2]
     for name, value in vars(first).items():
         if name in ("mean_gap", "smooth_logit") and DEVICE == "cuda":
@@ -480,14 +482,14 @@ GRADIENT_HEADS = [
     Head("plain"),
     Head("bias", bias=True, vector=True, scale=0.75),
     Head("softcap", softcap=5.0),
-    Head("everything", bias=True, scale=0.75, softcap=5.0, vector=True, counted="some"),
+    Head("everything", bias=True, scale=0.75, softcap=5.0, vector=True, valid_mask="some"),
     Head("wide softcap", softcap=30.0, span=32.0),
     Head("masked tiles", masked=(0, 1, 4)),
     Head("far apart", span=64.0, vector=True),
-    Head("very large", bias=True, shift=1e4, counted="some"),
+    Head("very large", bias=True, shift=1e4, valid_mask="some"),
     Head("very small", bias=True, shift=-1e4),
-    Head("one row", counted="one", vector=True),
-    Head("no row", counted="none"),
+    Head("one row", valid_mask="one", vector=True),
+    Head("no row", valid_mask="none"),
 ]
 GRADIENT_HEADS += [replace(head, dtype=dtype) for dtype in DTYPES[1:] for head in GRADIENT_HEADS[:7]]
 # A logsumexp of some hundred is coarser, when it is rounded to fp32, than the probabilities of plain fp32.
@@ -662,10 +664,10 @@ def test_column_sums(dtype, rows):
     check("sums", sums[:130], formula)
 
 
-@pytest.mark.parametrize("counted", ["all", "some", "none"])
-def test_rows_past_the_count_are_cleared(counted):
+@pytest.mark.parametrize("valid_mask", ["all", "some", "none"])
+def test_rows_past_the_count_are_cleared(valid_mask):
     """A window's rows that do not count come out as zeros, even those in tiles without a row that counts."""
-    problem = replace(HEADS[0], counted=counted).problem(150, 8, 128)
+    problem = replace(HEADS[0], valid_mask=valid_mask).problem(150, 8, 128)
     launcher, count = Launcher(problem), int(counting(problem).sum())
     gradient = torch.full((150, 128), NAN, device=DEVICE)
     coefficients = random_coefficients(150)
@@ -748,15 +750,15 @@ def test_statistics_of_a_row_without_finite_logits():
 @pytest.mark.parametrize("columns", [1, 24, 1025])
 def test_scaled_rows(factor, mask, columns):
     """Zero where they do not count, whatever they hold, even for a factor that is not finite."""
-    counted, source = MASKS[mask](37), values(37, columns)
-    counts = torch.ones(37, dtype=torch.bool, device=DEVICE) if counted is None else counted
+    valid_mask, source = MASKS[mask](37), values(37, columns)
+    counts = torch.ones(37, dtype=torch.bool, device=DEVICE) if valid_mask is None else valid_mask
     expected = (source if factor is None else source * factor).masked_fill(~counts[:, None], 0)
     source[~counts] = NAN
     scale = None if factor is None else torch.tensor(factor, device=DEVICE)
     result = torch.full_like(source, NAN)
-    assert torch.equal(scale_rows(source, counted, scale, result), expected)
+    assert torch.equal(scale_rows(source, valid_mask, scale, result), expected)
     if scale is not None:
-        scale_rows(source, counted, torch.full_like(scale, torch.inf), result)
+        scale_rows(source, valid_mask, torch.full_like(scale, torch.inf), result)
         assert not result[~counts].any()
 
 
@@ -771,11 +773,11 @@ def test_scaled_rows_are_rounded_once(of, to):
 # --- rows that do not count, through the backend ----------------------------------------------------------------------
 
 SCHEDULES = {
-    "stored": Schedule("stored", TOKENS, VOCABULARY, kept_windows=1, backward_window=VOCABULARY),
+    "stored": Schedule("stored", TOKENS, VOCABULARY, cached_windows=1, backward_window=VOCABULARY),
     "windowed": Schedule("windowed", TOKENS, 256, backward_window=256),
-    "kept": Schedule("windowed", TOKENS, 256, kept_windows=1, backward_window=512),
-    "lodged": Schedule("windowed", TOKENS, 256, kept_windows=1, lodged_windows=2, backward_window=256),
-    "prepared": Schedule("stored", TOKENS, VOCABULARY, kept_windows=1, backward_window=VOCABULARY, prepared=True),
+    "kept": Schedule("windowed", TOKENS, 256, cached_windows=1, backward_window=512),
+    "aliased": Schedule("windowed", TOKENS, 256, cached_windows=1, aliased_windows=2, backward_window=256),
+    "prepared": Schedule("stored", TOKENS, VOCABULARY, cached_windows=1, backward_window=VOCABULARY, prepared=True),
     "chunked": Schedule("chunked", TOKENS // 2 - 1, VOCABULARY, backward_window=256),
 }
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -799,8 +801,8 @@ def evaluated(
     problem: Problem, schedule: str, coefficients: Coefficients, upstream: float = 1.0
 ) -> tuple[Statistics, Gradients]:
     chosen, shape = SCHEDULES[schedule], problem.shape
-    if chosen.lodged_windows and shape.product_dtype.itemsize > shape.weight_dtype.itemsize:
-        pytest.skip("the planner lodges nothing where products are wider than the weight")
+    if chosen.aliased_windows and shape.product_dtype.itemsize > shape.weight_dtype.itemsize:
+        pytest.skip("the planner aliases nothing where products are wider than the weight")
     if shape.tokens < TOKENS:
         chosen = replace(chosen, rows=max(1, min(chosen.rows, shape.tokens)))
     factor = torch.tensor(upstream, device=DEVICE)
@@ -838,13 +840,13 @@ def check_gradients(problem: Problem, coefficients: Coefficients, gradients: Gra
 
 @each_schedule
 @pytest.mark.parametrize(
-    ("dtype", "counted"),
+    ("dtype", "valid_mask"),
     [*itertools.product(DTYPES[:1], COUNTED), *itertools.product(DTYPES[1:], COUNTED[:2])],
     ids=str,
 )
-def test_rows_that_do_not_count(schedule, counted, dtype):
+def test_rows_that_do_not_count(schedule, valid_mask, dtype):
     """Their statistics and gradients are zero, the others' are right."""
-    head = Head("busy", dtype, bias=True, scale=0.75, softcap=5.0, vector=True, counted=counted)
+    head = Head("busy", dtype, bias=True, scale=0.75, softcap=5.0, vector=True, valid_mask=valid_mask)
     problem = head.problem(TOKENS, HIDDEN, VOCABULARY, schedule_statistics(schedule))
     coefficients = schedule_coefficients(schedule)
     spoilt = spoil_others(coefficients, counting(problem))
@@ -866,11 +868,11 @@ def test_upstream_gradient_of_a_scalar_output(schedule, upstream):
 
 
 @each_schedule
-@pytest.mark.parametrize("counted", COUNTED[1:])
+@pytest.mark.parametrize("valid_mask", COUNTED[1:])
 @pytest.mark.parametrize("spoiler", [torch.nan, torch.inf], ids=str)
-def test_rows_that_do_not_count_may_hold_anything(schedule, counted, spoiler):
+def test_rows_that_do_not_count_may_hold_anything(schedule, valid_mask, spoiler):
     """Hidden states that are not finite there reach nothing: ``0 * nan`` would be NaN in the gradient of the weight."""
-    head = Head("busy", bias=True, counted=counted)
+    head = Head("busy", bias=True, valid_mask=valid_mask)
     problem = head.problem(TOKENS, HIDDEN, VOCABULARY, schedule_statistics(schedule))
     hidden = problem.hidden.clone()
     hidden[~counting(problem)] = spoiler
@@ -881,9 +883,9 @@ def test_rows_that_do_not_count_may_hold_anything(schedule, counted, spoiler):
     check_gradients(problem, coefficients, gradients)
 
 
-@pytest.mark.parametrize("schedule", ["stored", "windowed", "lodged"])
+@pytest.mark.parametrize("schedule", ["stored", "windowed", "aliased"])
 def test_ignored_rows_give_the_bits_of_the_packed_problem(schedule):
-    problem = replace(GRADIENT_HEADS[3], dtype=DTYPES[schedule != "lodged"]).problem(TOKENS, HIDDEN, VOCABULARY)
+    problem = replace(GRADIENT_HEADS[3], dtype=DTYPES[schedule != "aliased"]).problem(TOKENS, HIDDEN, VOCABULARY)
     counts = counting(problem)
     coefficients = schedule_coefficients(schedule)
     statistics, _ = evaluated(problem, schedule, coefficients)
@@ -892,15 +894,15 @@ def test_ignored_rows_give_the_bits_of_the_packed_problem(schedule):
         assert torch.equal(getattr(statistics, name)[counts], getattr(alone, name)), name
 
 
-@pytest.mark.parametrize("schedule", ["windowed", "lodged", "prepared", "chunked"])
+@pytest.mark.parametrize("schedule", ["windowed", "aliased", "prepared", "chunked"])
 def test_gradients_wanted_alone(schedule):
     """Each of the three without the others, with the bits it has beside them."""
     problem = GRADIENT_HEADS[3].problem(TOKENS, HIDDEN, VOCABULARY, schedule_statistics(schedule))
     coefficients = schedule_coefficients(schedule)
     _, together = evaluated(problem, schedule, coefficients)
     for only in ("hidden", "weight", "bias"):
-        if schedule == "lodged" and only != "weight":
-            continue  # windows lodge in the weight's gradient
+        if schedule == "aliased" and only != "weight":
+            continue  # windows are aliased in the weight's gradient
         wants = {f"{name}_gradient": name == only for name in ("hidden", "weight", "bias")}
         alone = replace(problem, shape=replace(problem.shape, **wants))
         _, gradients = evaluated(alone, schedule, coefficients)
@@ -984,7 +986,7 @@ def test_nearest_tf32():
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_fp32_precision_does_not_reach_16_bits(schedule, dtype):
     """The bits of every kernel are those without the setting: to round a bf16 operand to TF32 does not even compile."""
-    head = Head("busy", dtype, bias=True, scale=0.75, softcap=5.0, vector=True, counted="some")
+    head = Head("busy", dtype, bias=True, scale=0.75, softcap=5.0, vector=True, valid_mask="some")
     problem = head.problem(TOKENS, HIDDEN, VOCABULARY, schedule_statistics(schedule))
     coefficients = schedule_coefficients(schedule)
     expected, given = {}, {}

@@ -67,8 +67,8 @@ def offsets_of(seed: int = 0) -> Tensor:
     return torch.rand(ROWS, generator=generator(seed), dtype=torch.float64)
 
 
-def problem_of(threshold: float, counted: str = "all", offsets: Tensor | None = None) -> Problem:
-    problem = Head("selection", counted=counted).problem(ROWS, 8, VOCABULARY, frozenset())
+def problem_of(threshold: float, valid_mask: str = "all", offsets: Tensor | None = None) -> Problem:
+    problem = Head("selection", valid_mask=valid_mask).problem(ROWS, 8, VOCABULARY, frozenset())
     shape = replace(problem.shape, threshold=threshold)
     return replace(problem, shape=shape, offsets=(offsets_of() if offsets is None else offsets).to(DEVICE))
 
@@ -80,7 +80,7 @@ def select(
 
     Log-sums are ``shift`` too small, which makes masses of that many octaves too large.
     """
-    rows = order_rows(problem.target, problem.counted)
+    rows = order_rows(problem.target, problem.valid_mask)
     statistics = replace(
         new_statistics(problem), log_sum=torch.full((ROWS,), -shift * LOG2, dtype=torch.float32, device=DEVICE)
     )
@@ -102,11 +102,11 @@ def expected(problem: Problem, log_masses: Tensor, shift: int = 0) -> list[list[
     one, threshold = 1 << 44, problem.shape.threshold
     assert threshold is not None
     assert problem.offsets is not None
-    counted = torch.ones(ROWS, dtype=torch.bool) if problem.counted is None else problem.counted.cpu()
+    valid_mask = torch.ones(ROWS, dtype=torch.bool) if problem.valid_mask is None else problem.valid_mask.cpu()
     most = most_sampled(VOCABULARY, threshold)
     result: list[list[tuple[int, bool]]] = [[] for _ in range(BLOCKS)]
     for row in range(ROWS):
-        if not counted[row]:
+        if not valid_mask[row]:
             continue
         passed, own = int(problem.offsets[row].item() * one), int(problem.target[row]) // BLOCK
         for block in range(BLOCKS):
@@ -138,9 +138,9 @@ def test_tiles_of_a_block():
     assert tile_blocks.tolist() == [1, 2, 2, 2, 4, -1]
 
 
-@pytest.mark.parametrize("counted", ["some", "one", "none"])
-def test_rows_that_do_not_count_list_nothing(counted):
-    problem, log_masses = problem_of(1 / 16, counted), exponents("steep")
+@pytest.mark.parametrize("valid_mask", ["some", "one", "none"])
+def test_rows_that_do_not_count_list_nothing(valid_mask):
+    problem, log_masses = problem_of(1 / 16, valid_mask), exponents("steep")
     assert select(problem, log_masses)[0] == expected(problem, log_masses)
 
 
@@ -292,7 +292,7 @@ def test_fp32_precision_reaches_fp32_alone(dtype, scan, deterministic):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_coefficients_of_rows_that_do_not_count_may_be_anything(softcap, spoiler):
     """Those of label smoothing too, whose part of rank one is a sum over rows."""
-    head = Head("busy", bias=True, softcap=softcap, vector=True, counted="some")
+    head = Head("busy", bias=True, softcap=softcap, vector=True, valid_mask="some")
     problem = head.problem(ROWS, 24, BLOCK * 3 + 5, frozenset({"smooth_logit"}))
     problem = replace(problem, shape=replace(problem.shape, threshold=1 / 4), offsets=offsets_of().to(DEVICE))
     schedule = Schedule("sampled", ROWS, BLOCK * 3 + 5)

@@ -29,15 +29,15 @@ class Tokens:
     Attributes:
         target: [N] int64 indices in [0, V).
         rows: [N] positions among the caller's tokens, None for all.
-        counted: [N] float: 1, 0 or NaN.
-        mask: [N] bool tokens that are not ignored; None where all that are left count.
+        token_scale: [N] float: 1, 0 or NaN.
+        valid_mask: [N] bool tokens that are not ignored; None where all that are left count.
         total: how many tokens the caller gave.
     """
 
     target: torch.Tensor
     rows: torch.Tensor | None
-    counted: torch.Tensor
-    mask: torch.Tensor | None
+    token_scale: torch.Tensor
+    valid_mask: torch.Tensor | None
     total: int
 
     @classmethod
@@ -53,8 +53,8 @@ class Tokens:
             ones = torch.ones(kept.shape[0], dtype=torch.float32, device=kept.device)
             return cls(kept, rows, ones, None, flat.shape[0])
         inside = (flat >= 0) & (flat < vocabulary)
-        counted = keep.float().masked_fill(keep & ~inside, torch.nan)
-        return cls(torch.where(keep & inside, flat, 0), None, counted, keep, flat.shape[0])
+        token_scale = keep.float().masked_fill(keep & ~inside, torch.nan)
+        return cls(torch.where(keep & inside, flat, 0), None, token_scale, keep, flat.shape[0])
 
     def packed(self, values: torch.Tensor) -> torch.Tensor:
         """[...] values of all tokens -> [N] of those that count."""
@@ -62,14 +62,14 @@ class Tokens:
         return flat if self.rows is None else flat[self.rows]
 
 
-def inverse_normalizer(normalizer: Normalizer, counted: torch.Tensor) -> torch.Tensor:
-    """One over what a mean divides by; 0 where that is 0. 0-d, in the dtype of ``counted`` [N]."""
+def inverse_normalizer(normalizer: Normalizer, token_scale: torch.Tensor) -> torch.Tensor:
+    """One over what a mean divides by; 0 where that is 0. 0-d, in the dtype of ``token_scale`` [N]."""
     if normalizer is None:
-        total = counted.sum()
+        total = token_scale.sum()
     elif isinstance(normalizer, torch.Tensor):
-        total = normalizer.to(counted)
+        total = normalizer.to(token_scale)
     else:  # written on the device: a copy from the host would wait
-        total = torch.full((), normalizer, dtype=counted.dtype, device=counted.device)
+        total = torch.full((), normalizer, dtype=token_scale.dtype, device=token_scale.device)
     return torch.where(total == 0, 0, 1 / total)
 
 
@@ -257,7 +257,7 @@ def evaluate(
             options.backend, options.workspace, head, threshold, scan, dtype, wants, schedules.forced()
         )  # fmt: skip
         return compiled.apply(
-            hidden, weight, linear_bias, tokens.target, tokens.mask, objective, smoothing, offsets, settings
+            hidden, weight, linear_bias, tokens.target, tokens.valid_mask, objective, smoothing, offsets, settings
         )
     target, shard = tokens.target, None
     if layout is not None:
@@ -291,7 +291,7 @@ def evaluate(
         total_rows=tokens.total,
         head=head,
         objective=objective,
-        counted=tokens.mask,
+        valid_mask=tokens.valid_mask,
         smoothing=smoothing,
         main_grad=main_grad,
         offsets=offsets,

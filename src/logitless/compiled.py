@@ -2,9 +2,9 @@
 
 ``logitless::linear_head`` gives the objective's outputs and what its gradient needs, and
 ``logitless::linear_head_backward`` the gradients. Both are functional: nothing that a forward pass leaves is
-overwritten and no outputs share memory, so windows do not lodge in the weight gradient, and what is kept is read, not
-used up. Everything that is not a tensor travels as text, so that a graph can hold it. Sizes are those of the trace:
-another number of tokens compiles anew.
+overwritten and no outputs share memory, so no windows are aliased with the weight gradient, and what is cached is
+read, not used up. Everything that is not a tensor travels as text, so that a graph can hold it. Sizes are those of
+the trace: another number of tokens compiles anew.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def written(settings: Settings, objective: LossObjective | StatisticsObjective, 
     dtype = str(settings.compute_dtype)
     demanded = None
     if forced is not None:
-        demanded = (forced.strategy, forced.rows, forced.window, forced.kept, forced.lodged, forced.prepared)
+        demanded = (forced.strategy, forced.rows, forced.window, forced.kept, forced.aliased, forced.prepared)
     loss = outputs = None
     if isinstance(objective, LossObjective):
         options = objective.options
@@ -113,7 +113,7 @@ def apply(
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
     target: torch.Tensor,  # [N]
-    counted: torch.Tensor | None,  # [N]
+    valid_mask: torch.Tensor | None,  # [N]
     objective: LossObjective | StatisticsObjective,
     smoothing: torch.Tensor | float | None,  # [V] or one for all
     offsets: torch.Tensor | None,  # [N]
@@ -123,7 +123,9 @@ def apply(
     vector = smoothing if isinstance(smoothing, torch.Tensor) else None
     text = written(settings, objective, smoothing if isinstance(smoothing, float) else None)
     class_weight = objective.class_weight if isinstance(objective, LossObjective) else None
-    results = linear_head(hidden, weight, bias, target, counted, objective.scale, class_weight, vector, offsets, text)
+    results = linear_head(
+        hidden, weight, bias, target, valid_mask, objective.scale, class_weight, vector, offsets, text
+    )
     count = 1 if isinstance(objective, LossObjective) else len(objective.names)
     return tuple(results[:count])
 
@@ -133,7 +135,7 @@ def _call(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    counted: torch.Tensor | None,
+    valid_mask: torch.Tensor | None,
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
@@ -142,10 +144,10 @@ def _call(
     """The call that the operators' arguments stand for, planned."""
     settings = text.settings
     if text.loss is None:
-        objective: LossObjective | StatisticsObjective = StatisticsObjective(text.outputs, counted, scale)
+        objective: LossObjective | StatisticsObjective = StatisticsObjective(text.outputs, valid_mask, scale)
     else:
         mass = 1.0 if smoothing is None else smoothing.sum()
-        objective = LossObjective(text.loss, counted, scale, class_weight, mass)
+        objective = LossObjective(text.loss, valid_mask, scale, class_weight, mass)
     shape = Shape.of(
         hidden,
         weight,
@@ -171,7 +173,7 @@ def _call(
         total_rows=shape.tokens,
         head=settings.head,
         objective=objective,
-        counted=counted,
+        valid_mask=valid_mask,
         smoothing=text.uniform_smoothing if smoothing is None else smoothing,
         main_grad=None,
         offsets=offsets,
@@ -184,7 +186,7 @@ def linear_head(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     target: torch.Tensor,
-    counted: torch.Tensor | None,
+    valid_mask: torch.Tensor | None,
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
@@ -192,7 +194,7 @@ def linear_head(
     text: str,
 ) -> list[torch.Tensor]:
     """The objective's outputs, then what the gradient needs: see ``_saved``."""
-    call = _call(_read(text), hidden, weight, bias, counted, scale, class_weight, smoothing, offsets)
+    call = _call(_read(text), hidden, weight, bias, valid_mask, scale, class_weight, smoothing, offsets)
     outputs, statistics, prepared = evaluate(call, hidden, weight, bias, target)
     return [*outputs, *_saved(statistics, prepared)]
 
@@ -211,7 +213,7 @@ def _(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     target: torch.Tensor,
-    counted: torch.Tensor | None,
+    valid_mask: torch.Tensor | None,
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
@@ -219,7 +221,7 @@ def _(
     text: str,
 ) -> list[torch.Tensor]:
     read = _read(text)
-    call = _call(read, hidden, weight, bias, counted, scale, class_weight, smoothing, offsets)
+    call = _call(read, hidden, weight, bias, valid_mask, scale, class_weight, smoothing, offsets)
     shape, dtype = call.shape, read.statistics_dtype
 
     def rows(kind: torch.dtype) -> torch.Tensor:
@@ -248,7 +250,7 @@ def linear_head_backward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     target: torch.Tensor,
-    counted: torch.Tensor | None,
+    valid_mask: torch.Tensor | None,
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
@@ -258,7 +260,7 @@ def linear_head_backward(
 ) -> list[torch.Tensor]:
     """The gradients that are wanted, in their tensors' dtypes, from upstream gradients of the outputs ``given``."""
     read = _read(text)
-    call = _call(read, hidden, weight, bias, counted, scale, class_weight, smoothing, offsets)
+    call = _call(read, hidden, weight, bias, valid_mask, scale, class_weight, smoothing, offsets)
     gap = "mean_gap" in call.shape.statistics
     statistics = Statistics(
         peak=saved[0],
@@ -283,7 +285,7 @@ def _(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     target: torch.Tensor,
-    counted: torch.Tensor | None,
+    valid_mask: torch.Tensor | None,
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,

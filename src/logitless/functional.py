@@ -200,10 +200,10 @@ def linear_cross_entropy(
         row_weight, total = layout.class_weights(class_weight, tokens.target)
     elif class_weight is not None:
         row_weight = class_weight[tokens.target]
-    scale = tokens.counted.to(dtype)
+    scale = tokens.token_scale.to(dtype)
     if options.reduction == "mean":
-        counted = scale if row_weight is None else select(tokens.mask, scale * row_weight)
-        scale = scale * inverse_normalizer(normalizer, counted)
+        weights = scale if row_weight is None else select(tokens.valid_mask, scale * row_weight)
+        scale = scale * inverse_normalizer(normalizer, weights)
     if token_weight is not None:
         scale = scale * tokens.packed(token_weight).to(dtype)
     smoothing: torch.Tensor | float | None = None
@@ -212,7 +212,7 @@ def linear_cross_entropy(
     mass: torch.Tensor | float = 1.0
     if isinstance(smoothing, torch.Tensor):
         mass = smoothing.sum() if total is None else total / vocabulary
-    objective = LossObjective(options, tokens.mask, scale, row_weight, mass)
+    objective = LossObjective(options, tokens.valid_mask, scale, row_weight, mass)
     (loss,) = evaluate(operands, linear_bias, tokens, objective, smoothing, call, layout)
     return loss if objective.scalar else given.moved_back(loss.view(target.shape))
 
@@ -290,7 +290,7 @@ def token_statistics(
             layout = meet(meeting, given, operands, call, outputs=list(names), ignore_index=ignore_index)
     tokens = Tokens.of(target, linear_weight.shape[0] if layout is None else layout.vocabulary, ignore_index)
     dtype = statistics_dtype(operands.compute_dtype)
-    objective = StatisticsObjective(names, tokens.mask, tokens.counted.to(dtype))
+    objective = StatisticsObjective(names, tokens.valid_mask, tokens.token_scale.to(dtype))
     values = evaluate(operands, linear_bias, tokens, objective, None, call, layout)
     shaped = (given.moved_back(value.view(target.shape)) for value in values)
     return TokenStatistics(**dict(zip(names, shaped, strict=True)))
@@ -357,14 +357,14 @@ def count_tokens(
     validation.check_group(group, sequence_parallel=False)
     flat = validation.indices(validation.check_target_type(target), ignore_index)
     keep = flat != ignore_index
-    counted = keep.float()
+    token_scale = keep.float()
     if weight is not None:
         known = validation.check_class_weight(weight).float()
         validation.check_same_device("weight", known, "target", target)
         inside = (flat >= 0) & (flat < known.shape[0])
         padded = torch.cat((known, known.new_full((1,), torch.nan)))
-        counted = padded[torch.where(inside, flat, known.shape[0])].masked_fill(~keep, 0.0)
-    total = counted.sum()
+        token_scale = padded[torch.where(inside, flat, known.shape[0])].masked_fill(~keep, 0.0)
+    total = token_scale.sum()
     if group is not None:
         torch.distributed.all_reduce(total, group=group)
     return total

@@ -43,7 +43,7 @@ class Call:
         total_rows: how many rows the caller gave.
         head: scale and cap of the logits.
         objective: from statistics to outputs.
-        counted: as in ``Problem``.
+        valid_mask: as in ``Problem``.
         smoothing: as in ``Problem``.
         main_grad: as in ``Problem``.
         offsets: as in ``Problem``.
@@ -58,7 +58,7 @@ class Call:
     total_rows: int
     head: HeadOptions
     objective: LossObjective | StatisticsObjective
-    counted: torch.Tensor | None
+    valid_mask: torch.Tensor | None
     smoothing: torch.Tensor | float | None
     main_grad: torch.Tensor | None
     offsets: torch.Tensor | None
@@ -88,7 +88,7 @@ class Call:
             bias=bias,
             target=target,
             head=self.head,
-            counted=self.counted,
+            valid_mask=self.valid_mask,
             smoothing=self.smoothing,
             main_grad=self.main_grad,
             offsets=self.offsets,
@@ -198,10 +198,10 @@ def _rank_in_whole(call: Call, problem: Problem, whole: Statistics) -> torch.Ten
         )
         schedule = Schedule("loss_only", call.plan.schedule.rows, call.shape.vocabulary)
         ranked = replace(problem, shape=plain, merge=None, rank_above=whole.target_logit, smoothing=None)
-        counted = backends.load(call.plan.backend).forward(ranked, schedule, None).target_rank
-        assert counted is not None
-        count = counted
-    return call.shard.layout.counted(count)
+        above = backends.load(call.plan.backend).forward(ranked, schedule, None).target_rank
+        assert above is not None
+        count = above
+    return call.shard.layout.sum_over_ranks(count)
 
 
 def differentiate(
@@ -231,8 +231,8 @@ def differentiate(
 
 def _of_valid_rows(problem: Problem, gradients: Gradients) -> Gradients:
     """The same, 0 for hidden states of rows that do not count: 0 times a weight that is not finite would be NaN."""
-    if problem.counted is not None and gradients.hidden is not None:
-        gradients.hidden.masked_fill_(~problem.counted[:, None], 0)
+    if problem.valid_mask is not None and gradients.hidden is not None:
+        gradients.hidden.masked_fill_(~problem.valid_mask[:, None], 0)
     return gradients
 
 
@@ -325,7 +325,7 @@ def _gradients(
     if shard is not None and gradients.hidden is not None:
         spread = gradients.hidden if shard.layout.rows is None else call.spread(gradients.hidden)
         gradients.hidden = shard.layout.summed(spread)
-    valid = call.counted if shard is None or call.counted is None else shard.layout.own_rows(call.counted)
+    valid = call.valid_mask if shard is None or call.valid_mask is None else shard.layout.own_rows(call.valid_mask)
     packed = _handed_on(gradients, "hidden", of_valid_rows(scale, valid), hidden.dtype)
     if packed is not None and (shard is None or shard.layout.rows is None):
         packed = call.spread(packed)

@@ -62,7 +62,7 @@ class Plan:
 
     def __str__(self) -> str:
         tile = f"tiles of {self.schedule.rows} tokens x {self.schedule.window} vocabulary entries"
-        kept = self.schedule.kept_windows + self.schedule.lodged_windows
+        kept = self.schedule.cached_windows + self.schedule.aliased_windows
         if kept and self.strategy == "windowed":
             tile += f", logits of {kept} windows kept"
         return (

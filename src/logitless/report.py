@@ -171,9 +171,9 @@ def sampling_report(
     validation.check_targets_in_range(target, linear_weight.shape[0], ignore_index)
     target = validation.indices(target, ignore_index).view(target.shape)  # few operations know unsigned targets
     with torch.no_grad():
-        counted = (target != ignore_index).reshape(-1).nonzero()[:, 0]
-    if len(counted) < 2:
-        raise ValueError(f"target must hold at least two tokens that count, got {len(counted)}; give a larger batch")
+        valid = (target != ignore_index).reshape(-1).nonzero()[:, 0]
+    if len(valid) < 2:
+        raise ValueError(f"target must hold at least two tokens that count, got {len(valid)}; give a larger batch")
     leaves = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
     loss = partial(
@@ -189,13 +189,13 @@ def sampling_report(
         workspace=workspace,
         backend=backend,
     )
-    noise = _noise(loss, leaves, target, counted, ignore_index, sampled, draws)  # first: it checks the other arguments
+    noise = _noise(loss, leaves, target, valid, ignore_index, sampled, draws)  # first: it checks the other arguments
     logits = partial(_logits, leaves, softcap=softcap, logit_scale=logit_scale)
     at_a_time = max(1, LOOKED_AT // (4 * linear_weight.shape[0]))
     smoothing = None
     if label_smoothing and softcap is not None:  # blocks are kept by a mixture then
         smoothing = 1.0 if weight is None else weight
-    kept, certain = _kept_blocks(input, target, counted, sampled.threshold, smoothing, at_a_time, logits)
+    kept, certain = _kept_blocks(input, target, valid, sampled.threshold, smoothing, at_a_time, logits)
     loss_error = None
     if sampled.scan != "input":
         likelihood = partial(
@@ -209,14 +209,14 @@ def sampling_report(
             workspace=workspace,
             backend=backend,
         )
-        rounded = _losses_with_logits(input, target, counted, at_a_time, logits)
+        rounded = _losses_with_logits(input, target, valid, at_a_time, logits)
         wide = {name: torch.promote_types(leaf.dtype, torch.float32) for name, leaf in leaves.items()}
         with torch.no_grad():  # on a CPU products of bf16 are rounded to it
-            exact = likelihood(**{name: leaf.to(wide[name]) for name, leaf in leaves.items()}).reshape(-1)[counted]
-        loss_error = _loss_error(likelihood, exact, rounded, counted, sampled, draws)
+            exact = likelihood(**{name: leaf.to(wide[name]) for name, leaf in leaves.items()}).reshape(-1)[valid]
+        loss_error = _loss_error(likelihood, exact, rounded, valid, sampled, draws)
     return SamplingReport(
         threshold=sampled.threshold,
-        tokens=len(counted),
+        tokens=len(valid),
         blocks=block_count(linear_weight.shape[0]),
         bound=min(block_count(linear_weight.shape[0]), most_sampled(linear_weight.shape[0], sampled.threshold) + 1),
         kept=kept.mean().item(),
@@ -232,7 +232,7 @@ def _noise(
     loss: Callable[..., torch.Tensor],
     leaves: dict[str, torch.Tensor],
     target: torch.Tensor,
-    counted: torch.Tensor,
+    valid: torch.Tensor,
     ignore_index: int,
     sampled: Sampled,
     draws: int,
@@ -250,7 +250,7 @@ def _noise(
             sums[name] += value
             squares[name] += (value - exact[name]).square().sum().item()
     generator = torch.Generator("cpu").manual_seed(0)
-    order = counted[torch.randperm(len(counted), generator=generator, device="cpu").to(counted.device)]
+    order = valid[torch.randperm(len(valid), generator=generator, device="cpu").to(valid.device)]
     half = {}
     for name, some in (("first", order[: len(order) // 2]), ("second", order[len(order) // 2 :])):
         alone = torch.full_like(target.reshape(-1), ignore_index)
@@ -272,12 +272,12 @@ def _loss_error(
     likelihood: Callable[..., torch.Tensor],
     exact: torch.Tensor,  # [N]
     rounded: torch.Tensor,  # [N]
-    counted: torch.Tensor,
+    valid: torch.Tensor,
     sampled: Sampled,
     draws: int,
 ) -> LossError:
     with torch.enable_grad():  # where no gradient is wanted nothing is estimated
-        estimates = [likelihood(gradient=sampled).detach().reshape(-1)[counted] for _ in range(draws)]
+        estimates = [likelihood(gradient=sampled).detach().reshape(-1)[valid] for _ in range(draws)]
     error, rounding = torch.stack(estimates) - exact, rounded - exact
     return LossError(
         rms=error.square().mean().sqrt().item(),
@@ -291,12 +291,12 @@ def _loss_error(
 def _losses_with_logits(
     input: torch.Tensor,
     target: torch.Tensor,
-    counted: torch.Tensor,
+    valid: torch.Tensor,
     step: int,
     logits: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """[N] of the tokens that count, ``step`` at a time."""
-    hidden, targets = input.reshape(-1, input.shape[-1])[counted], target.reshape(-1)[counted]
+    hidden, targets = input.reshape(-1, input.shape[-1])[valid], target.reshape(-1)[valid]
     parts = zip(hidden.split(step), targets.split(step), strict=True)
     return torch.cat([F.cross_entropy(logits(rows), at.long(), reduction="none") for rows, at in parts])
 
@@ -321,7 +321,7 @@ def _logits(
 def _kept_blocks(
     input: torch.Tensor,
     target: torch.Tensor,
-    counted: torch.Tensor,
+    valid: torch.Tensor,
     threshold: float,
     smoothing: torch.Tensor | float | None,
     step: int,
@@ -331,7 +331,7 @@ def _kept_blocks(
 
     ``step`` tokens at a time.
     """
-    hidden, targets = input.reshape(-1, input.shape[-1])[counted], target.reshape(-1)[counted]
+    hidden, targets = input.reshape(-1, input.shape[-1])[valid], target.reshape(-1)[valid]
     kept, certain = [], []
     for rows, at in zip(hidden.split(step), targets.split(step), strict=True):
         scores = logits(rows)

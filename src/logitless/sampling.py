@@ -87,11 +87,11 @@ def inclusion_weights(
 def poisoned_rows(
     logsumexp: torch.Tensor,  # [N]
     a: torch.Tensor,  # [N]
-    counted: torch.Tensor | None,  # [N] bool
+    valid_mask: torch.Tensor | None,  # [N] bool
 ) -> torch.Tensor:
     """[N] which rows' gradients of logits are NaN: all of the weight's gradient is to be, as of exact gradients.
 
     Such a row has no masses to choose blocks by, and lists its target's alone. ``a`` is the coefficient of the softmax.
     """
     poisoned = ~logsumexp.isfinite() | a.isnan()
-    return poisoned if counted is None else poisoned & counted
+    return poisoned if valid_mask is None else poisoned & valid_mask

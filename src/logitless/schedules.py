@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from logitless.backends.contract import BackendModule, Schedule, Shape, Strategy, lodging_spacing
+from logitless.backends.contract import BackendModule, Schedule, Shape, Strategy, alias_spacing
 from logitless.options import BLOCK
 from logitless.sampling import block_count
 
@@ -57,7 +57,7 @@ class Forced:
     rows: int | None
     window: int | None
     kept: int | None = None
-    lodged: int | None = None
+    aliased: int | None = None
     prepared: bool = False
 
 
@@ -115,7 +115,7 @@ class Search:
     def _cheapest(self, fits: Fits) -> Schedule | None:
         costs = {}
         for candidate in self._costed_candidates():
-            filled = self._keep_windows(candidate, fits) if candidate.strategy == "windowed" else candidate
+            filled = self._cache_windows(candidate, fits) if candidate.strategy == "windowed" else candidate
             if fits(filled):
                 costs[filled] = self._cost(filled)
         if not costs:
@@ -139,16 +139,16 @@ class Search:
         windows = narrower or [vocabulary]
         if self._may_be_ahead:
             yield self._prepared()
-        if self._may_keep:
-            yield Schedule("stored", tokens, vocabulary, kept_windows=1, backward_window=windows[0])
+        if self._may_cache:
+            yield Schedule("stored", tokens, vocabulary, cached_windows=1, backward_window=windows[0])
         if self._may_be_ahead and not shape.main_grad:
             for chunks in _up_to(COSTED_CHUNKS, tokens):
                 yield Schedule("chunked", math.ceil(tokens / chunks), vocabulary)
         for window in windows:
             plain = Schedule("windowed", tokens, window, backward_window=window)
-            most = self._lodge_windows(plain).lodged_windows
-            for lodged in {0, *(2**power for power in range(8) if 2**power < most), most}:
-                yield replace(plain, lodged_windows=lodged)
+            most = self._alias_windows(plain).aliased_windows
+            for aliased in {0, *(2**power for power in range(8) if 2**power < most), most}:
+                yield replace(plain, aliased_windows=aliased)
 
     @property
     def _may_be_ahead(self) -> bool:
@@ -163,7 +163,7 @@ class Search:
         return self.scalar and not half
 
     @property
-    def _may_keep(self) -> bool:
+    def _may_cache(self) -> bool:
         """Whether what is kept of a window says all that its gradient needs.
 
         A backend that keeps probabilities takes a capped logit from its probability's logarithm, for the part of label
@@ -175,7 +175,7 @@ class Search:
 
     def _prepared(self) -> Schedule:
         tokens, vocabulary = max(1, self.shape.tokens), self.shape.vocabulary
-        return Schedule("stored", tokens, vocabulary, kept_windows=1, backward_window=vocabulary, prepared=True)
+        return Schedule("stored", tokens, vocabulary, cached_windows=1, backward_window=vocabulary, prepared=True)
 
     # --- order of preference ------------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class Search:
         vocabulary = self.shape.vocabulary
         window = vocabulary if self._whole_rows else min(window, vocabulary)
         kept = math.ceil(vocabulary / window)
-        return Schedule("stored", max(1, self.shape.tokens), window, kept_windows=kept, backward_window=window)
+        return Schedule("stored", max(1, self.shape.tokens), window, cached_windows=kept, backward_window=window)
 
     def _chunked(self, sizes: tuple[int, ...]) -> Iterator[Schedule]:
         if not self._may_be_ahead or self.shape.main_grad:  # it would need a tensor of its own until it is scaled
@@ -232,40 +232,40 @@ class Search:
         """Spend what is left of the budget: keep the logits of windows, of the width that leaves the least work."""
         if schedule.strategy != "windowed" or self._whole_rows:
             return schedule
-        windowed = (self._lodge_windows(c) for c in candidates if c.strategy == "windowed")
-        kept = [self._keep_windows(candidate, fits) for candidate in windowed if fits(candidate)]
+        windowed = (self._alias_windows(c) for c in candidates if c.strategy == "windowed")
+        kept = [self._cache_windows(candidate, fits) for candidate in windowed if fits(candidate)]
         return min(kept, key=self._windowed_work, default=schedule)
 
-    def _lodge_windows(self, schedule: Schedule) -> Schedule:
+    def _alias_windows(self, schedule: Schedule) -> Schedule:
         """Keep the first windows' logits in the weight gradient's buffer, as many as fit from its second window on."""
         shape = self.shape
         item, weight_item = shape.product_dtype.itemsize, shape.weight_dtype.itemsize
         if not shape.weight_gradient or shape.main_grad or shape.functional or item > weight_item:
             return schedule
-        if not self._may_keep or shape.frozen_columns:
+        if not self._may_cache or shape.frozen_columns:
             return schedule
         window = schedule.window
         elements = max(0, shape.vocabulary - window) * shape.hidden * weight_item // item
-        spacing, tile = lodging_spacing(shape, window), window * shape.tokens
-        lodged = 0 if elements < tile else 1 + (elements - tile) // max(1, spacing)
-        return replace(schedule, lodged_windows=min(lodged, shape.vocabulary // window))
+        spacing, tile = alias_spacing(shape, window), window * shape.tokens
+        aliased = 0 if elements < tile else 1 + (elements - tile) // max(1, spacing)
+        return replace(schedule, aliased_windows=min(aliased, shape.vocabulary // window))
 
-    def _keep_windows(self, schedule: Schedule, fits: Fits) -> Schedule:
-        if not self._may_keep:
+    def _cache_windows(self, schedule: Schedule, fits: Fits) -> Schedule:
+        if not self._may_cache:
             return schedule
-        most = math.ceil(self.shape.vocabulary / schedule.window) - schedule.lodged_windows
+        most = math.ceil(self.shape.vocabulary / schedule.window) - schedule.aliased_windows
 
         def exceeds(count: int) -> bool:
-            return not fits(replace(schedule, kept_windows=count))
+            return not fits(replace(schedule, cached_windows=count))
 
         # More windows take more memory, so that those counts that fit come first.
-        return replace(schedule, kept_windows=bisect.bisect_left(range(1, most + 1), True, key=exceeds))
+        return replace(schedule, cached_windows=bisect.bisect_left(range(1, most + 1), True, key=exceeds))
 
     def _windowed_work(self, schedule: Schedule) -> float:
         """Work in columns of one product: four a column, one fewer where its logits are kept."""
         vocabulary = self.shape.vocabulary
         windows = math.ceil(vocabulary / schedule.window)
-        kept = min((schedule.kept_windows + schedule.lodged_windows) * schedule.window, vocabulary)
+        kept = min((schedule.cached_windows + schedule.aliased_windows) * schedule.window, vocabulary)
         return 4 * vocabulary - kept + windows * WINDOW_OVERHEAD
 
     # --- forced -------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ class Search:
             )
         if strategy == "chunked" and shape.main_grad:
             raise ValueError(f"strategy {strategy!r} cannot serve this call: it needs a gradient besides main_grad")
-        if not self._may_keep and (strategy == "stored" or forced.kept):
+        if not self._may_cache and (strategy == "stored" or forced.kept):
             raise ValueError(
                 f"strategy {strategy!r} cannot serve this call: what it keeps in fp16 is too coarse for label "
                 f"smoothing of capped logits"
@@ -299,9 +299,11 @@ class Search:
         if strategy == "windowed":
             if self._whole_rows:
                 return Schedule("windowed", rows, window, backward_window=narrow)
-            schedule = self._lodge_windows(Schedule("windowed", tokens, window, backward_window=window))
-            lodged = schedule.lodged_windows if forced.lodged is None else min(forced.lodged, schedule.lodged_windows)
-            return replace(schedule, kept_windows=forced.kept or 0, lodged_windows=lodged)
+            schedule = self._alias_windows(Schedule("windowed", tokens, window, backward_window=window))
+            aliased = (
+                schedule.aliased_windows if forced.aliased is None else min(forced.aliased, schedule.aliased_windows)
+            )
+            return replace(schedule, cached_windows=forced.kept or 0, aliased_windows=aliased)
         if strategy == "sampled":
             rows = tokens if shape.sharded and self._costed else rows
             window = min(block_count(window) * BLOCK, vocabulary)
@@ -328,7 +330,7 @@ def force_strategy(
     rows: int | None = None,
     window: int | None = None,
     kept: int | None = None,
-    lodged: int | None = None,
+    aliased: int | None = None,
     prepared: bool = False,
 ) -> Iterator[None]:
     """Within this context, use one strategy with the given tile sizes. For tests and benchmarks.
@@ -337,8 +339,8 @@ def force_strategy(
         strategy: a key of ``STRATEGIES``.
         rows: rows of a forward tile or chunk; None for all.
         window: vocabulary columns of a tile; None for all. Rounded up to what the backend or the strategy needs.
-        kept: how many windows the windowed strategy keeps besides those that lodge in the weight's gradient.
-        lodged: how many windows lodge there at most; None for as many as can.
+        kept: how many windows the windowed strategy keeps besides those aliased with the weight's gradient.
+        aliased: how many windows are aliased with it at most; None for as many as can be.
         prepared: whether the stored strategy prepares the gradient of the logits in the forward pass.
 
     Raises:
@@ -346,7 +348,7 @@ def force_strategy(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
-    _forced.append(Forced(strategy, rows, window, kept, lodged, prepared))
+    _forced.append(Forced(strategy, rows, window, kept, aliased, prepared))
     try:
         yield
     finally:

@@ -104,7 +104,7 @@ class Layout:
         _reduce_scatter(own, gradient.contiguous(), self.group)
         return own[: self.rows[self.rank]]
 
-    def counted(self, numbers: torch.Tensor) -> torch.Tensor:
+    def sum_over_ranks(self, numbers: torch.Tensor) -> torch.Tensor:
         """[N] integers, the sum over ranks."""
         if numbers.shape[0]:
             dist.all_reduce(numbers, group=self.group)

@@ -74,7 +74,7 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, opt
 def recompute(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor) -> None:
     """Windows alone, into a caller's buffer, twice; and gradients of every output."""
     main_grad = torch.zeros(weight.shape, device=weight.device)
-    with force_strategy("windowed", window=256, lodged=0):
+    with force_strategy("windowed", window=256, aliased=0):
         loss = logitless.linear_cross_entropy(hidden, weight, target, backend="triton", main_grad=main_grad)
         loss.backward(retain_graph=True)
         loss.backward()

@@ -133,10 +133,10 @@ def with_gradients(values: Results, inputs: Inputs) -> Results:
 
 
 EXACT = [
-    *(Call(f"busy-{name}", name, busy=True) for name in ("prepared", "chunked", "lodged", "kept")),
+    *(Call(f"busy-{name}", name, busy=True) for name in ("prepared", "chunked", "aliased", "kept")),
     Call("busy-float32", "kept", dtype=torch.float32, busy=True),
     *(Call(f"tokens-{name}", name, reduction="none") for name in ("stored", "windowed")),
-    *(Call(f"statistics-{name}", name, "statistics") for name in ("stored", "lodged")),
+    *(Call(f"statistics-{name}", name, "statistics") for name in ("stored", "aliased")),
     Call("torch", backend="torch", busy=True),
     Call("torch-tokens", backend="torch", reduction="none"),
 ]

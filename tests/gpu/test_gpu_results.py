@@ -270,7 +270,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["weight", "hidden"])
-@pytest.mark.parametrize("strategy", ["prepared", "chunked", "lodged"])
+@pytest.mark.parametrize("strategy", ["prepared", "chunked", "aliased"])
 def test_layouts(layout, which, strategy):
     inputs = make_inputs(600, 256, 4096)
     tensor = getattr(inputs, which)
@@ -302,7 +302,7 @@ def test_more_logits_than_32_bits_can_count(strategy):
     inputs = make_inputs(20_480, 64, 131_072, ignored=0.05)
     assert inputs.hidden.shape[0] * inputs.weight.shape[0] > 2**31
     # One kept run of columns holds the logits of all but the first windows.
-    context = force_strategy("windowed", window=8192, lodged=0, kept=14) if strategy == "kept" else forced(strategy)
+    context = force_strategy("windowed", window=8192, aliased=0, kept=14) if strategy == "kept" else forced(strategy)
     with context:
         ours = inputs.results(backend="triton")
     check(ours, inputs, rows=1024)

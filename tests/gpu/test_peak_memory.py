@@ -148,7 +148,7 @@ OTHERS = [
     Scenario(8192, 2048, 65_536, bias=True, busy=True, threshold=1 / 64),
     Scenario(8192, 2048, 32_768, layout="columns"),
     Scenario(8192, 2048, 32_768, layout="columns", weight_dtype=torch.float32),
-    *(Scenario(8192, 2048, 32_768, strategy=name) for name in ("stored", "chunked", "windowed", "lodged", "kept")),
+    *(Scenario(8192, 2048, 32_768, strategy=name) for name in ("stored", "chunked", "windowed", "aliased", "kept")),
     *(Scenario(16_384, 2048, 65_536, strategy=name, main_grad=True) for name in ("prepared", "windowed")),
 ]
 

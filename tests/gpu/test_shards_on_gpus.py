@@ -78,7 +78,7 @@ LOSS_ONLY = replace(TRITON_LOSS_ONLY, rows=None)  # rows in parts would be kerne
 
 
 def wide(size: int, case: Case = BUSY) -> Case:
-    """Several windows in each of as many shards, and more tokens than can lodge in the weight's gradient.
+    """Several windows in each of as many shards, and more tokens than can are aliased in the weight's gradient.
 
     No shard of two has a multiple of 16 entries, for which Triton would compile every kernel once more.
     """
@@ -93,7 +93,7 @@ def losses(size: int) -> dict[str, Call]:
     return {
         **{f"{way}, {layout}": Call(busy, shares[layout], way) for layout in shares for way in (*KERNELS, LOSS_ONLY)},
         **{f"{way}, narrow": Call(plain, uneven, way) for way in KERNELS},
-        "all lodged": Call(replace(busy, leading=(17,)), uneven, TRITON_WINDOWED),
+        "all aliased": Call(replace(busy, leading=(17,)), uneven, TRITON_WINDOWED),
         "narrow, most options": Call(replace(busy, dtype=NARROW, softcap=None), uneven, TRITON_STORED),
         **{f"{way}, uneven": Call(busy, uneven, way) for way in (AUTO, REFERENCE, STORED, CHUNKED, WINDOWED, SAMPLED)},
         **{

@@ -40,8 +40,8 @@ from logitless.options import HeadOptions, Scan
 TensorForm = tuple[tuple[int, ...], torch.dtype]
 """Size and dtype of a tensor."""
 
-# Index among the residuals of the buffer that becomes the weight's gradient, where a schedule lodges windows.
-LODGING = 0
+# Index among the residuals of the buffer that becomes the weight's gradient, where windows are aliased with it.
+WEIGHT_GRADIENT = 0
 
 WeightLayout = Literal["rows", "columns", "unaligned", "strided"]
 Strategy = Literal["loss_only", "stored", "chunked", "windowed", "sampled"]
@@ -166,8 +166,8 @@ class Schedule:
         strategy: which of the five.
         rows: rows of the hidden states in one tile of the forward pass.
         window: vocabulary columns in one tile of the forward pass.
-        kept_windows: how many of the last windows' logits the forward pass keeps for the backward pass.
-        lodged_windows: how many of the first windows' logits it keeps in memory that the weight gradient will fill.
+        cached_windows: how many of the last windows' logits the forward pass keeps for the backward pass.
+        aliased_windows: how many of the first windows' logits it keeps in memory that the weight gradient will fill.
         backward_window: vocabulary columns in one tile of a backward pass that recomputes.
         prepared: whether the forward pass leaves the gradient of the logits for an upstream gradient of 1, which
             ``finish`` turns into gradients, instead of what ``backward`` needs.
@@ -176,15 +176,15 @@ class Schedule:
     strategy: Strategy
     rows: int
     window: int
-    kept_windows: int = 0
-    lodged_windows: int = 0
+    cached_windows: int = 0
+    aliased_windows: int = 0
     backward_window: int = 0
     prepared: bool = False
 
     @property
     def uses_up_residuals(self) -> bool:
         """Whether an eager backward pass overwrites what the forward pass left: logits, by their gradient."""
-        return not self.prepared and (self.kept_windows > 0 or self.lodged_windows > 0)
+        return not self.prepared and (self.cached_windows > 0 or self.aliased_windows > 0)
 
 
 def ceil_div(total: int, step: int) -> int:
@@ -200,7 +200,7 @@ def weight_layout(weight: torch.Tensor) -> WeightLayout:
     return "columns" if weight.stride(0) == 1 else "strided"
 
 
-def lodging_spacing(shape: Shape, window: int) -> int:
+def alias_spacing(shape: Shape, window: int) -> int:
     """Elements, in the product dtype, from one window's logits to the next in the weight gradient's buffer."""
     slice_elements = window * shape.hidden * shape.weight_dtype.itemsize // shape.product_dtype.itemsize
     return max(window * shape.tokens, slice_elements)
@@ -217,7 +217,7 @@ class Problem:
         bias: [V], or None.
         target: [N] int64 vocabulary indices, all in [0, V) where the device could be asked.
         head: scale and cap of the logits.
-        counted: [N] bool rows that count; None for all. The others' coefficients are zero, and a backend may leave
+        valid_mask: [N] bool rows that count; None for all. The others' coefficients are zero, and a backend may leave
             their statistics zero and skip their work.
         smoothing: [V] weight of each logit in ``smooth_logit``, one number for all, or None where not wanted.
         main_grad: [V, D] fp32 to which the weight's gradient is added; ``Gradients.weight`` is None then.
@@ -235,7 +235,7 @@ class Problem:
     bias: torch.Tensor | None
     target: torch.Tensor
     head: HeadOptions
-    counted: torch.Tensor | None
+    valid_mask: torch.Tensor | None
     smoothing: torch.Tensor | float | None
     main_grad: torch.Tensor | None
     offsets: torch.Tensor | None
@@ -247,8 +247,8 @@ class Problem:
         """[R, D] some of the rows, contiguous; zeros where they do not count. Copied only where they have to be."""
         index = rows if self.hidden_index is None else self.hidden_index[rows]
         taken = self.hidden[index] if isinstance(index, slice) else self.hidden.index_select(0, index)
-        if self.counted is not None:
-            taken = taken.masked_fill(~self.counted[rows, None], 0)  # zero times what ignored rows hold could be NaN
+        if self.valid_mask is not None:
+            taken = taken.masked_fill(~self.valid_mask[rows, None], 0)  # zero times what ignored rows hold could be NaN
         return taken.contiguous()
 
 

@@ -200,8 +200,8 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     if coefficients.d is not None:
         assert problem.smoothing is not None
         dz = dz - (1 - r * k) * (coefficients.d[:, None] * problem.smoothing)
-    if problem.counted is not None:
-        dz = dz.masked_fill(~problem.counted[:, None], 0)  # a bias that is not finite reaches every row
+    if problem.valid_mask is not None:
+        dz = dz.masked_fill(~problem.valid_mask[:, None], 0)  # a bias that is not finite reaches every row
 
     weight_gradient = head.logit_scale * (dz.T @ hidden[:, shape.trained_columns]) if shape.weight_gradient else None
     if problem.main_grad is not None and weight_gradient is not None:

@@ -134,7 +134,7 @@ def _kernels(problem: Problem, device: torch.device) -> dict[Any, Callable[[], A
             return linear_cross_entropy(hidden, weight, target, backend="triton")
 
     def window() -> Any:
-        with force_strategy("windowed", window=8192, lodged=0):
+        with force_strategy("windowed", window=8192, aliased=0):
             return torch.autograd.grad(linear_cross_entropy(hidden, weight, target, backend="triton"), hidden)
 
     trained, sampled = weight.detach().requires_grad_(), list[torch.Tensor]()

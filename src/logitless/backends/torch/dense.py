@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from logitless.backends.contract import (
-    LODGING,
+    WEIGHT_GRADIENT,
     AffineCoefficients,
     Coefficients,
     Gradients,
@@ -24,7 +24,7 @@ from logitless.backends.contract import (
     Shape,
     Statistics,
     TensorForm,
-    lodging_spacing,
+    alias_spacing,
 )
 from logitless.backends.torch.running import RunningStatistics
 from logitless.backends.torch.tiles import Projection, RowValues, TargetIndex, slices, window_share
@@ -42,10 +42,10 @@ def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     an ulp of the logits where tiles do, which a share made of them would have as its error.
     """
     windows = math.ceil(shape.vocabulary / schedule.window)
-    kept = max(0, shape.vocabulary - (windows - schedule.kept_windows) * schedule.window)
+    kept = max(0, shape.vocabulary - (windows - schedule.cached_windows) * schedule.window)
     sums = shape.any_gradient and schedule.window == schedule.backward_window
     return [
-        ((shape.vocabulary, shape.hidden) if schedule.lodged_windows else (0, shape.hidden), shape.weight_dtype),
+        ((shape.vocabulary, shape.hidden) if schedule.aliased_windows else (0, shape.hidden), shape.weight_dtype),
         ((shape.tokens * kept,), shape.product_dtype),
         ((windows if sums else 0, 2, shape.tokens), shape.statistics_dtype),
     ]
@@ -55,7 +55,7 @@ def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
 class Left:
     """What a forward pass leaves, window by window.
 
-    The last ``kept_windows`` have memory of their own. The first ``lodged_windows`` lie in the buffer of the weight
+    The last ``cached_windows`` have memory of their own. The first ``aliased_windows`` lie in the buffer of the weight
     gradient, each at least one window of rows behind the one before, from the second window of rows on: when the
     backward pass writes the rows of a window, only products of windows before it have been there.
     """
@@ -67,11 +67,11 @@ class Left:
     def place(self, number: int) -> torch.Tensor | None:
         """The flat memory of a window's products, or None where they are not kept."""
         schedule, tokens = self.schedule, self.shape.tokens
-        first_kept = math.ceil(self.shape.vocabulary / schedule.window) - schedule.kept_windows
-        if number < schedule.lodged_windows:
-            lodging = self.tensors[LODGING][schedule.window :].view(-1).view(self.shape.product_dtype)
-            return lodging[number * lodging_spacing(self.shape, schedule.window) :]
-        if schedule.kept_windows and number >= first_kept:
+        first_kept = math.ceil(self.shape.vocabulary / schedule.window) - schedule.cached_windows
+        if number < schedule.aliased_windows:
+            alias = self.tensors[WEIGHT_GRADIENT][schedule.window :].view(-1).view(self.shape.product_dtype)
+            return alias[number * alias_spacing(self.shape, schedule.window) :]
+        if schedule.cached_windows and number >= first_kept:
             return self.tensors[1][(number - first_kept) * schedule.window * tokens :]
         return None
 
@@ -131,8 +131,8 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     entries = projection.product_entries(rows)
     index = TargetIndex(problem.target, schedule.backward_window, shape.vocabulary)
     gradients = new_gradients(projection)
-    if schedule.lodged_windows:
-        weight_gradient = left.tensors[LODGING]
+    if schedule.aliased_windows:
+        weight_gradient = left.tensors[WEIGHT_GRADIENT]
     else:
         weight_gradient = new_weight_gradient(problem) if problem.main_grad is None else problem.main_grad
     hidden_adder = PartialSum(projection, shape.tokens)
@@ -243,7 +243,7 @@ class _Chunks:
             target=target,
             target_logit=part.target_logit,
             coefficients=self._ahead.rows(rows).at(whole),
-            valid=None if problem.counted is None else problem.counted[rows],
+            valid=None if problem.valid_mask is None else problem.valid_mask[rows],
             holds_softmax=projection.leaves_softmax,
         )
         if projection.leaves_softmax:

@@ -103,9 +103,9 @@ def _target_rows(shape: Shape) -> int:
 def _logits(shape: Shape, rows: int, window: int, schedule: Schedule) -> int:
     """Kept windows, of which the last may be narrower, and the buffer of the others where there are others."""
     windows = math.ceil(shape.vocabulary / window)
-    others = windows - schedule.kept_windows
+    others = windows - schedule.cached_windows
     kept = max(0, shape.vocabulary - others * window)
-    buffer = rows * window if others > schedule.lodged_windows or shape.functional else 0
+    buffer = rows * window if others > schedule.aliased_windows or shape.functional else 0
     return (shape.tokens * kept + buffer) * shape.product_dtype.itemsize
 
 

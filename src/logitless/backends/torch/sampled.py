@@ -183,7 +183,7 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
                 gradients.weight[columns] += weight_sum
             else:
                 gradients.weight[columns] = weight_sum
-    if poisoned_rows(statistics.logsumexp, coefficients.a, problem.counted).any():
+    if poisoned_rows(statistics.logsumexp, coefficients.a, problem.valid_mask).any():
         for gradient in (gradients.weight, gradients.bias):
             if gradient is not None:
                 gradient.fill_(torch.nan)

@@ -109,7 +109,7 @@ class RowValues:
             target=problem.target,
             target_logit=statistics.target_logit,
             coefficients=coefficients,
-            valid=problem.counted,
+            valid=problem.valid_mask,
         )
 
     def rows(self, rows: slice | torch.Tensor) -> RowValues:

@@ -177,7 +177,7 @@ def kept_gradient_kernel(
 def row_dots_kernel(
     matrix,  # [R, stride]
     vector,  # [columns] fp32
-    counted,  # [R] bool where MASKED
+    valid_mask,  # [R] bool where MASKED
     result,  # [R] fp32, written; 0 for rows that do not count
     stride,
     rows,
@@ -192,7 +192,7 @@ def row_dots_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     if MASKED:
-        inside = inside & tl.load(counted + row, mask=inside, other=0).to(tl.int1)
+        inside = inside & tl.load(valid_mask + row, mask=inside, other=0).to(tl.int1)
     total = tl.zeros((ROWS,), tl.float32)
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)

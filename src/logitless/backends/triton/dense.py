@@ -1,6 +1,6 @@
 """The strategies that wait for the upstream gradient: loss_only, stored, windowed.
 
-Columns fall into three runs, any of which may be empty: *lodged* windows, whose softmax lies in the buffer that the
+Columns fall into three runs, any of which may be empty: *aliased* windows, whose softmax lies in the buffer that the
 weight gradient will fill; windows that are *recomputed*; and one *kept* run, whose softmax has memory of its own.
 ``stored`` keeps everything.
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from logitless.backends.contract import (
-    LODGING,
+    WEIGHT_GRADIENT,
     Coefficients,
     Gradients,
     Problem,
@@ -25,8 +25,8 @@ from logitless.backends.contract import (
     Shape,
     Statistics,
     TensorForm,
+    alias_spacing,
     ceil_div,
-    lodging_spacing,
 )
 from logitless.backends.triton.fp8_quantize import Rounding
 from logitless.backends.triton.launch import Launcher, Tables, table_rows
@@ -45,12 +45,12 @@ def slices(start: int, stop: int, step: int) -> Iterator[slice]:
 
 
 def runs(shape: Shape, schedule: Schedule) -> tuple[slice, slice, slice]:
-    """The lodged, recomputed and kept columns."""
-    lodged = min(schedule.lodged_windows * schedule.window, shape.vocabulary)
+    """The aliased, recomputed and kept columns."""
+    aliased = min(schedule.aliased_windows * schedule.window, shape.vocabulary)
     windows = ceil_div(shape.vocabulary, schedule.window)
-    kept = max(lodged, (windows - schedule.kept_windows) * schedule.window) if schedule.kept_windows else None
+    kept = max(aliased, (windows - schedule.cached_windows) * schedule.window) if schedule.cached_windows else None
     start = shape.vocabulary if kept is None else kept
-    return slice(0, lodged), slice(lodged, start), slice(start, shape.vocabulary)
+    return slice(0, aliased), slice(aliased, start), slice(start, shape.vocabulary)
 
 
 def padded(columns: int) -> int:
@@ -62,11 +62,11 @@ def residuals(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]
     """What ``forward`` leaves: the weight gradient's buffer, kept columns and their table; order, target, count."""
     if schedule.strategy == "loss_only":
         return []
-    lodged, _, kept = runs(shape, schedule)
-    keeps = lodged.stop > 0 or kept.stop > kept.start
+    aliased, _, kept = runs(shape, schedule)
+    keeps = aliased.stop > 0 or kept.stop > kept.start
     row = ((shape.tokens,), torch.int32)
     return [
-        ((shape.vocabulary, shape.hidden) if lodged.stop else (0,), shape.weight_dtype),
+        ((shape.vocabulary, shape.hidden) if aliased.stop else (0,), shape.weight_dtype),
         ((shape.tokens, padded(kept.stop - kept.start)), shape.compute_dtype),
         ((2, blocks, table_rows(shape.tokens)) if keeps else (0,), torch.float32),
         row,
@@ -75,13 +75,13 @@ def residuals(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]
     ]
 
 
-def lodgings(buffer: torch.Tensor, problem: Problem, schedule: Schedule) -> torch.Tensor:
+def aliased_views(buffer: torch.Tensor, problem: Problem, schedule: Schedule) -> torch.Tensor:
     """[windows, N, U] places in the weight gradient's buffer, from its second window of rows on."""
     shape = problem.shape
     # What is kept has the compute dtype, which without a GPU need not be that of the library's products.
-    spacing = lodging_spacing(shape, schedule.window) * shape.product_dtype.itemsize // shape.compute_dtype.itemsize
+    spacing = alias_spacing(shape, schedule.window) * shape.product_dtype.itemsize // shape.compute_dtype.itemsize
     flat = buffer[schedule.window :].view(-1).view(shape.compute_dtype)
-    size = (schedule.lodged_windows, shape.tokens, schedule.window)
+    size = (schedule.aliased_windows, shape.tokens, schedule.window)
     return flat.as_strided(size, (spacing, schedule.window, 1))
 
 
@@ -160,27 +160,27 @@ def write_ranks(launcher: Launcher, scratch: Scratch, statistics: Statistics) ->
 
 
 def forward(problem: Problem, schedule: Schedule) -> Statistics:
-    """Statistics of every row; the softmax of lodged and kept columns stays for the backward pass."""
+    """Statistics of every row; the softmax of aliased and kept columns stays for the backward pass."""
     launcher, shape = Launcher(problem), problem.shape
     statistics = new_statistics(problem)
-    lodged, recomputed, kept = runs(shape, schedule)
+    aliased, recomputed, kept = runs(shape, schedule)
     left: list[torch.Tensor] = []
-    lodging = storage = None
+    alias = storage = None
     if schedule.strategy != "loss_only":
         left = [
             torch.empty(size, dtype=dtype, device=launcher.device)
             for size, dtype in residuals(shape, schedule, ceil_div(shape.vocabulary, launcher.block))[:2]
         ]
-        lodging = lodgings(left[0], problem, schedule) if lodged.stop else None
+        alias = aliased_views(left[0], problem, schedule) if aliased.stop else None
         storage = left[1][None, :, : kept.stop - kept.start]
     scratch = Scratch.of(launcher, min(schedule.rows, shape.tokens))
     for rows in slices(0, shape.tokens, schedule.rows):
-        scan_rows(launcher, rows, ((lodged, lodging), (recomputed, None), (kept, storage)), scratch, statistics)
+        scan_rows(launcher, rows, ((aliased, alias), (recomputed, None), (kept, storage)), scratch, statistics)
     write_ranks(launcher, scratch, statistics)
     if schedule.strategy == "loss_only":
         return statistics
     order = launcher.rows
-    keeps = lodged.stop > 0 or kept.stop > kept.start
+    keeps = aliased.stop > 0 or kept.stop > kept.start
     table = scratch.tables.sums if keeps else launcher.empty(0)
     return statistics.leaving((*left, table, order.order, order.target, order.count))
 
@@ -224,25 +224,27 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     shape, left = problem.shape, statistics.residuals
     launcher = Launcher(problem, RowOrder(*left[3:]))
     hidden = launcher.gather(slice(0, shape.tokens), launcher.hidden_buffer(shape.tokens))
-    lodged, recomputed, kept = runs(shape, schedule)
+    aliased, recomputed, kept = runs(shape, schedule)
     windows = list(slices(recomputed.start, recomputed.stop, schedule.backward_window))
     whole = max(1, kept.stop - kept.start)
-    kept_windows = list(slices(kept.start, kept.stop, schedule.backward_window if shape.functional else whole))
-    lodged_windows = list(slices(0, lodged.stop, schedule.window))
-    weight = left[LODGING] if lodged_windows else None
-    single = len(lodged_windows) + len(windows) + len(kept_windows) == 1
+    cached_windows = list(slices(kept.start, kept.stop, schedule.backward_window if shape.functional else whole))
+    aliased_windows = list(slices(0, aliased.stop, schedule.window))
+    weight = left[WEIGHT_GRADIENT] if aliased_windows else None
+    single = len(aliased_windows) + len(windows) + len(cached_windows) == 1
     sums = _Accumulators(launcher, weight, single=single)
-    if lodged_windows:
-        for place, columns in zip(lodgings(left[LODGING], problem, schedule), lodged_windows, strict=True):
+    if aliased_windows:
+        for place, columns in zip(
+            aliased_views(left[WEIGHT_GRADIENT], problem, schedule), aliased_windows, strict=True
+        ):
             launcher.stored_gradient(place, place, left[2], 0, columns, statistics, coefficients)
             sums.add(hidden, place, columns)
-    width = max((columns.stop - columns.start for columns in windows + kept_windows * shape.functional), default=0)
+    width = max((columns.stop - columns.start for columns in windows + cached_windows * shape.functional), default=0)
     buffer = launcher.empty(shape.tokens, padded(width), dtype=shape.compute_dtype)
     for columns in windows:
         gradient = buffer[:, : columns.stop - columns.start]
         launcher.window_gradient(hidden, gradient, columns, statistics, coefficients)
         sums.add(hidden, gradient, columns)
-    for columns in kept_windows:
+    for columns in cached_windows:
         softmax = left[1][:, columns.start - kept.start : columns.stop - kept.start]
         gradient = buffer[:, : columns.stop - columns.start] if shape.functional else softmax
         launcher.stored_gradient(softmax, gradient, left[2], 0, columns, statistics, coefficients)

@@ -53,7 +53,7 @@ def e4m3(x, INTERPRETED: tl.constexpr):
 @triton.jit
 def column_squares_kernel(
     matrix,  # [R, stride]
-    counted,  # [R] bool where MASKED
+    valid_mask,  # [R] bool where MASKED
     sums,  # [segments, columns] fp32, written
     stride,
     rows,
@@ -72,7 +72,7 @@ def column_squares_kernel(
         row = start + tl.arange(0, ROWS)
         inside = row < end
         if MASKED:
-            inside = inside & tl.load(counted + row, mask=inside, other=0).to(tl.int1)
+            inside = inside & tl.load(valid_mask + row, mask=inside, other=0).to(tl.int1)
         place = row.to(tl.int64)[:, None] * stride + column[None, :]
         values = tl.load(matrix + place, mask=inside[:, None] & (column < columns)[None, :], other=0.0).to(tl.float32)
         total += tl.sum(values * values, 0)
@@ -168,7 +168,7 @@ def operand_width(hidden: int) -> int:
 
 def outlier_channels(
     hidden: torch.Tensor,  # [N, D]
-    counted: torch.Tensor | None,  # [N]
+    valid_mask: torch.Tensor | None,  # [N]
 ) -> torch.Tensor:
     """[C] int64 ascending indices of the channels whose mean square over the rows that count is largest."""
     rows, columns = hidden.shape
@@ -176,7 +176,7 @@ def outlier_channels(
     sums = torch.empty(ceil_div(rows, segment), columns, dtype=torch.float32, device=hidden.device)
     column_squares_kernel[(ceil_div(columns, SUMMED_COLUMNS), sums.shape[0])](
         hidden,
-        hidden if counted is None else counted,
+        hidden if valid_mask is None else valid_mask,
         sums,
         hidden.stride(0),
         rows,
@@ -184,7 +184,7 @@ def outlier_channels(
         segment,
         ROWS=SUMMED_ROWS,
         COLUMNS=SUMMED_COLUMNS,
-        MASKED=counted is not None,
+        MASKED=valid_mask is not None,
         num_warps=4,
     )
     return sums.sum(0).nan_to_num(torch.inf).topk(min(MAX_OUTLIERS, columns)).indices.sort().values
@@ -237,7 +237,7 @@ class Rounding:
 
     def __init__(self, problem: Problem, rows: int) -> None:
         """For up to that many rows at a time; the weight is rounded at once."""
-        self._channels = outlier_channels(problem.hidden, problem.counted)
+        self._channels = outlier_channels(problem.hidden, problem.valid_mask)
         weight, device = readable(problem.weight), problem.hidden.device
         self._mean = averaged_rows(weight).mean(0, dtype=torch.float32)
         self._hidden = new_operand(rows, problem.shape.hidden, device, weight=False)

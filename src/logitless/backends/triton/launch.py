@@ -83,7 +83,7 @@ class Launcher:
         self.device = problem.hidden.device
         self.dtype = self.shape.compute_dtype
         self._index = tiles.device_index(self.device)
-        self.rows = order_rows(problem.target, problem.counted) if rows is None else rows
+        self.rows = order_rows(problem.target, problem.valid_mask) if rows is None else rows
         self.weight = readable(problem.weight.to(self.dtype))
         self._bias = None if problem.bias is None else problem.bias.contiguous()
         self._smoothing = problem.smoothing.contiguous() if isinstance(problem.smoothing, torch.Tensor) else None

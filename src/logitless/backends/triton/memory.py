@@ -53,12 +53,12 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
         return fixed + _prepared(shape)
     if schedule.strategy == "sampled":
         return fixed + _sampled(shape, schedule)
-    lodged, recomputed, kept = runs(shape, schedule)
+    aliased, recomputed, kept = runs(shape, schedule)
     item = shape.compute_dtype.itemsize
-    keeps = lodged.stop > 0 or kept.stop > kept.start
+    keeps = aliased.stop > 0 or kept.stop > kept.start
     left = shape.tokens * padded(kept.stop - kept.start) * item + (_table(shape, shape.tokens) if keeps else 0)
-    # The weight gradient lives during the forward pass where windows lodge in it, else not yet.
-    early = 0 if lodged.stop else -_weight_gradient(shape)
+    # The weight gradient lives during the forward pass where windows are aliased with it, else not yet.
+    early = 0 if aliased.stop else -_weight_gradient(shape)
     forward = left + _tables(shape, shape.tokens) - (_table(shape, shape.tokens) if keeps else 0) + early
     forward += _hidden(shape, shape.tokens) - _hidden_gradient(shape)
     width = recomputed.stop - recomputed.start
@@ -74,11 +74,11 @@ def workspace(shape: Shape, schedule: Schedule) -> int:
 
 
 def _pieces(shape: Shape, schedule: Schedule) -> int:
-    lodged, recomputed, kept = runs(shape, schedule)
+    aliased, recomputed, kept = runs(shape, schedule)
     windows = ceil_div((recomputed.stop - recomputed.start), max(1, schedule.backward_window))
-    kept_width = kept.stop - kept.start
-    kept_pieces = ceil_div(kept_width, schedule.backward_window) if shape.functional else kept_width > 0
-    return windows + (schedule.lodged_windows if lodged.stop else 0) + kept_pieces
+    cached_width = kept.stop - kept.start
+    cached_pieces = ceil_div(cached_width, schedule.backward_window) if shape.functional else cached_width > 0
+    return windows + (schedule.aliased_windows if aliased.stop else 0) + cached_pieces
 
 
 def _weight_copy(shape: Shape) -> int:
@@ -231,13 +231,13 @@ def cost(shape: Shape, schedule: Schedule) -> float:
     elif schedule.prepared:
         traffic, pieces = row_wise, 1
     else:
-        lodged, recomputed, _ = runs(shape, schedule)
+        aliased, recomputed, _ = runs(shape, schedule)
         width = recomputed.stop - recomputed.start
         pieces = _pieces(shape, schedule)
         window = min(schedule.backward_window, max(1, width))
         seconds += column * width * whole_waves(n, window)
-        if lodged.stop:
-            seconds += column * lodged.stop * (whole_waves(n, lodged.stop) - 1)
+        if aliased.stop:
+            seconds += column * aliased.stop * (whole_waves(n, aliased.stop) - 1)
         # Storing holds up the product's epilogue by about the time of writing twice; then a read and a write.
         traffic = 4 * n * (v - width) * item
         if pieces > 1:

@@ -67,7 +67,7 @@ def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstrea
     weight_gradient = hidden_gradient = bias_gradient = None
     if shape.weight_gradient:
         rows = _empty(problem, shape.tokens, shape.weight_gradient_size[1], dtype=shape.compute_dtype)
-        scale_rows(problem.hidden[:, shape.trained_columns], problem.counted, upstream, rows)
+        scale_rows(problem.hidden[:, shape.trained_columns], problem.valid_mask, upstream, rows)
         result = problem.main_grad
         if result is None:
             weight_gradient = result = _empty(problem, *shape.weight_gradient_size, dtype=shape.weight_dtype)
@@ -80,7 +80,7 @@ def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstrea
         if shape.hidden_dtype != shape.compute_dtype:  # the library could not round its sums to it
             product = _empty(problem, shape.tokens, shape.hidden)
         multiply(gradient, weight, product, add=False, scale=scale)
-        scale_rows(product, problem.counted, upstream, hidden_gradient)
+        scale_rows(product, problem.valid_mask, upstream, hidden_gradient)
         del product
     if shape.bias_gradient:
         bias_gradient = torch.zeros(shape.vocabulary, dtype=torch.float32, device=gradient.device)
@@ -97,8 +97,8 @@ def forward_with_gradients(
     statistics = new_statistics(problem)
     at_a_time = min(schedule.rows, shape.tokens)
     buffer = _empty(problem, at_a_time, padded(shape.vocabulary), dtype=shape.compute_dtype)
-    counted, cleared = problem.counted, None
-    if counted is not None:
+    valid_mask, cleared = problem.valid_mask, None
+    if valid_mask is not None:
         cleared = _empty(problem, at_a_time, shape.weight_gradient_size[1], dtype=shape.compute_dtype)
     hidden_gradient = weight_gradient = bias_gradient = None
     if shape.hidden_gradient:
@@ -120,9 +120,9 @@ def forward_with_gradients(
             multiply(gradient, weight, hidden_gradient[rows], add=False, scale=scale)
         if weight_gradient is not None:
             here = hidden[rows, shape.trained_columns]
-            if counted is not None and cleared is not None:
+            if valid_mask is not None and cleared is not None:
                 here = scale_rows(
-                    problem.hidden[rows, shape.trained_columns], counted[rows], None, cleared[: here.shape[0]]
+                    problem.hidden[rows, shape.trained_columns], valid_mask[rows], None, cleared[: here.shape[0]]
                 )
             multiply(gradient.T, here, weight_gradient, add=rows.start > 0, scale=scale)
     return statistics, Gradients(hidden_gradient, weight_gradient, bias_gradient)

@@ -36,7 +36,7 @@ class RowOrder:
 
 @triton.jit
 def order_rows_kernel(
-    counted,  # [N] bool where MASKED
+    valid_mask,  # [N] bool where MASKED
     target,  # [N] int64
     order,  # [N] int32, written
     packed_target,  # [N] int32, written
@@ -45,13 +45,13 @@ def order_rows_kernel(
     MASKED: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """A stable partition of the rows by ``counted``. Grid: one program, which walks the rows twice, STEP at a time."""
+    """A stable partition of the rows by the valid mask. Grid: one program, which walks them twice, STEP at a time."""
     total = rows
     if MASKED:
         total = 0
         for first in range(0, rows, STEP):
             here = first + tl.arange(0, STEP)
-            total += tl.sum(tl.load(counted + here, mask=here < rows, other=0).to(tl.int32), 0)
+            total += tl.sum(tl.load(valid_mask + here, mask=here < rows, other=0).to(tl.int32), 0)
     tl.store(count, total)
     before = 0
     for first in range(0, rows, STEP):
@@ -59,7 +59,7 @@ def order_rows_kernel(
         inside = here < rows
         place = here
         if MASKED:
-            keep = tl.load(counted + here, mask=inside, other=0).to(tl.int32)
+            keep = tl.load(valid_mask + here, mask=inside, other=0).to(tl.int32)
             kept = before + tl.cumsum(keep, 0)  # up to and with this row
             place = tl.where(keep > 0, kept - 1, total + here - kept)
             before += tl.sum(keep, 0)
@@ -105,14 +105,14 @@ def scatter_rows_kernel(
 ROWS, COLUMNS, STEP = 8, 1024, 4096
 
 
-def order_rows(target: torch.Tensor, counted: torch.Tensor | None) -> RowOrder:
-    """The order of rows with these targets [N] int64; ``counted`` [N] bool, None for all."""
+def order_rows(target: torch.Tensor, valid_mask: torch.Tensor | None) -> RowOrder:
+    """The order of rows with these targets [N] int64; ``valid_mask`` [N] bool, None for all."""
     rows = target.shape[0]
     order = torch.empty(rows, dtype=torch.int32, device=target.device)
     packed = torch.empty_like(order)
     count = torch.empty(1, dtype=torch.int32, device=target.device)
-    mask = target if counted is None else counted
-    order_rows_kernel[(1,)](mask, target, order, packed, count, rows, counted is not None, STEP, num_warps=8)
+    mask = target if valid_mask is None else valid_mask
+    order_rows_kernel[(1,)](mask, target, order, packed, count, rows, valid_mask is not None, STEP, num_warps=8)
     return RowOrder(order, packed, count)
 
 

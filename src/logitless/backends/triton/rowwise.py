@@ -171,7 +171,7 @@ def overwrite(
 @triton.jit
 def row_kernel(
     products,  # [R, stride]; overwritten by the gradient of the logits
-    counted,  # [N] bool where MASKED
+    valid_mask,  # [N] bool where MASKED
     target,  # [N] int64
     bias,  # [V] where BIAS
     smoothing,  # [V] where VECTOR
@@ -209,7 +209,7 @@ def row_kernel(
         here = first_row + row
         counts = True
         if MASKED:
-            counts = tl.load(counted + here) != 0
+            counts = tl.load(valid_mask + here) != 0
         if counts:
             peak, log_sum = row_log_sum(  # pyright: ignore
                 place, bias, vocabulary, scale, softcap, BLOCK, BIAS, SOFTCAP
@@ -313,7 +313,7 @@ def row_kernel(
 @triton.jit
 def scale_rows_kernel(
     source,  # [R, source_stride]
-    counted,  # [R] bool where MASKED
+    valid_mask,  # [R] bool where MASKED
     factor,  # [1] where SCALED
     result,  # [R, columns]
     source_stride,
@@ -330,7 +330,7 @@ def scale_rows_kernel(
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     read = inside
     if MASKED:
-        read = inside & (tl.load(counted + row, mask=row < rows, other=0) != 0)[:, None]
+        read = inside & (tl.load(valid_mask + row, mask=row < rows, other=0) != 0)[:, None]
     place = source + row.to(tl.int64)[:, None] * source_stride + column[None, :]
     values = tl.load(place, mask=read, other=0.0).to(tl.float32)
     if SCALED:
@@ -358,7 +358,7 @@ def gradient_in_place(
     programs = min(rows, tiles.num_sms(tiles.device_index(products.device)))
     row_kernel[(programs,)](
         products,
-        absent if problem.counted is None else problem.counted,
+        absent if problem.valid_mask is None else problem.valid_mask,
         problem.target,
         absent if problem.bias is None else problem.bias.contiguous(),
         absent if vector is None else vector,
@@ -379,7 +379,7 @@ def gradient_in_place(
         problem.head.softcap or 1.0,
         programs,
         BLOCK=block,
-        MASKED=problem.counted is not None,
+        MASKED=problem.valid_mask is not None,
         BIAS=problem.bias is not None,
         SOFTCAP=problem.head.softcap is not None,
         SLOPE=ahead.slope is not None,
@@ -394,12 +394,12 @@ ROWS, COLUMNS = 8, 1024
 
 def scale_rows(
     source: torch.Tensor,  # [R, D]
-    counted: torch.Tensor | None,  # [R] bool
+    valid_mask: torch.Tensor | None,  # [R] bool
     factor: torch.Tensor | None,  # []
     result: torch.Tensor,  # [R, D]
 ) -> torch.Tensor:
     """Rows times a factor, zero where they do not count, in ``result``, which may be the source, and its dtype."""
-    (count, columns), mask = result.shape, counted
+    (count, columns), mask = result.shape, valid_mask
     if count:
         scale_rows_kernel[(ceil_div(count, ROWS), ceil_div(columns, COLUMNS))](
             source,

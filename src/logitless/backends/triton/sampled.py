@@ -87,11 +87,11 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
     else:
         gradient = grouped.logits_gradient(statistics, coefficients)
     d = coefficients.d
-    if d is not None and problem.counted is not None:
-        d = torch.where(problem.counted, d, 0.0)
+    if d is not None and problem.valid_mask is not None:
+        d = torch.where(problem.valid_mask, d, 0.0)
     gradients = Gradients(None, None, None)
     if shape.weight_gradient or shape.bias_gradient:
-        poisoned = poisoned_rows(statistics.logsumexp, coefficients.a, problem.counted)
+        poisoned = poisoned_rows(statistics.logsumexp, coefficients.a, problem.valid_mask)
         poison = torch.where(poisoned, torch.nan, 0.0).sum()
         gradients.weight, gradients.bias = grouped.weight_gradient(gradient, d, poison)
     if shape.hidden_gradient:
@@ -193,11 +193,11 @@ class _Grouped:
         offset = torch.zeros(1, dtype=torch.float32, device=self._device)
         if problem.bias is not None:
             offset = (problem.bias.float() * smoothing).sum()
-        counted = problem.counted
+        valid_mask = problem.valid_mask
         row_dots_kernel[(ceil_div(result.shape[0], CORRECTED_ROWS),)](
             problem.hidden,
             self._weighted_sum(problem.weight, smoothing),
-            result if counted is None else counted,
+            result if valid_mask is None else valid_mask,
             result,
             problem.hidden.stride(0),
             result.shape[0],
@@ -206,7 +206,7 @@ class _Grouped:
             offset,
             ROWS=CORRECTED_ROWS,
             COLUMNS=128,
-            MASKED=counted is not None,
+            MASKED=valid_mask is not None,
             num_warps=4,
         )
         mass = smoothing.sum() if isinstance(smoothing, torch.Tensor) else smoothing * self._shape.vocabulary
@@ -380,8 +380,8 @@ class _Grouped:
         if d is not None:
             smoothing = self._vector if self._vector is not None else self._uniform
             result.addr_(d, self._weighted_sum(self._problem.weight, smoothing), alpha=-scale)
-            if self._problem.counted is not None:  # zero times a weight that is not finite
-                result.masked_fill_(~self._problem.counted[:, None], 0)
+            if self._problem.valid_mask is not None:  # zero times a weight that is not finite
+                result.masked_fill_(~self._problem.valid_mask[:, None], 0)
         return result
 
     def _weighted_sum(self, matrix: torch.Tensor, weights: torch.Tensor | float) -> torch.Tensor:

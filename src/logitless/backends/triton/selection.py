@@ -235,7 +235,7 @@ def count_pairs_kernel(bits, counts, groups, blocks, GROUPS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def counted(counts, block, blocks, segments, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr):
+def prefix_count(counts, block, blocks, segments, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr):
     """[BLOCKS] how many pairs the blocks have in the first ``segments`` segments."""
     total = tl.zeros((BLOCKS,), tl.int32)
     for first in range(0, segments, SEGMENTS):
@@ -252,7 +252,7 @@ def start_blocks_kernel(counts, starts, segments, blocks, SEGMENTS: tl.constexpr
     tl.store(starts, 0)
     for first in range(0, blocks, STEP):
         block = first + tl.arange(0, STEP)
-        count = counted(counts, block, blocks, segments, SEGMENTS, STEP)
+        count = prefix_count(counts, block, blocks, segments, SEGMENTS, STEP)
         tl.store(starts + 1 + block, before + tl.cumsum(count, 0), mask=block < blocks)
         before += tl.sum(count, 0)
 
@@ -284,7 +284,7 @@ def list_pairs_kernel(
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     segment = tl.program_id(1)
     free = tl.load(starts + block, mask=block < blocks, other=0)
-    free += counted(counts, block, blocks, segment, SEGMENTS, BLOCKS)
+    free += prefix_count(counts, block, blocks, segment, SEGMENTS, BLOCKS)
     lane = tl.arange(0, ROWS_PER_WORD)
     below_lane = (tl.full((ROWS_PER_WORD,), 1, tl.uint32) << lane.to(tl.uint32)) - 1
     end = tl.minimum((segment + 1) * SEGMENT, groups)
