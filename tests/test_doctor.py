@@ -19,7 +19,7 @@ ARCHITECTURES = {(8, 0): "sm80", (8, 9): "sm80", (9, 0): "sm90", (10, 0): "sm100
 def tiles(monkeypatch):
     """The kernels' tiles, with nothing remembered of other devices or tables."""
     module = pytest.importorskip("logitless.backends.triton.tiles")
-    cached = (module.architecture, module.has_fp8_mma, module.processors, module.tuned, module.tile)
+    cached = (module.architecture, module.has_fp8_mma, module.num_sms, module.tuned, module.tile)
     monkeypatch.setattr(module, "interpreted", lambda: False)
     for function in cached:
         function.cache_clear()

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from kernels import DEVICE, DTYPES
-from logitless.backends.triton import quantize as kernels
+from logitless.backends.triton import fp8_quantize as kernels
 from logitless.backends.triton.fp8_quantize import new_operand, operand_width, outlier_channels, quantize_rows
 from logitless.fp8 import LARGEST, LEAST_SCALE, MAX_OUTLIERS, mean_row, quantize
 from logitless.fp8 import outlier_channels as expected_channels
