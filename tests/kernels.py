@@ -126,7 +126,7 @@ class Head:
             valid_mask=self._mask(tokens),
             smoothing=smoothing if self.vector else 1 / vocabulary,
             main_grad=None,
-            offsets=None,
+            uniforms=None,
         )
 
     def _numbers(self, *size: int, seed: int) -> Tensor:

@@ -112,7 +112,7 @@ def test_unbiased_on_a_trained_head(backend, monkeypatch):
 @pytest.mark.parametrize("name", ["label_smoothing,softcap", "weight,label_smoothing,softcap", "z_loss", "none"])
 @pytest.mark.parametrize("data", [*DATA, "outliers"])
 def test_backends_agree(data, name):
-    """From the same offsets the same blocks with the same weights, and the same estimate."""
+    """From the same uniforms the same blocks with the same weights, and the same estimate."""
     problem = outlier_problem() if data == "outliers" else make_problem(data, TOKENS, HIDDEN, VOCABULARY)
     problem = problem.with_options(**OPTIONS[name])
     ours, expected = (

@@ -289,7 +289,7 @@ def check_statistics(problem: Problem, statistics: Statistics, narrow: torch.dty
     """Those of rows that count are right, all others 0; ``narrow``: as near as those of logits rounded to it."""
     counts, alone = counting(problem), only_counting(problem)
     for name, given in vars(statistics).items():
-        if name == "residuals" or given is None:
+        if name == "saved" or given is None:
             continue
         assert not given[~counts].any(), name
         if given.is_floating_point():
@@ -354,7 +354,7 @@ def test_statistics_by_parts(head):
     whole = scanned(problem)[2]
     parts = scanned(problem, columns=(slice(0, block), slice(block, 600)), rows=16)[2]
     for name, value in vars(whole).items():
-        if name != "residuals":
+        if name != "saved":
             assert torch.equal(value, getattr(parts, name)), name
 
 
@@ -472,7 +472,7 @@ def test_order_of_rows_does_not_matter():
     for name, value in vars(first).items():
         if name in ("mean_gap", "smooth_logit") and DEVICE == "cuda":
             torch.testing.assert_close(getattr(second, name), value[turn], rtol=1e-5, atol=1e-5)
-        elif name != "residuals":
+        elif name != "saved":
             assert torch.equal(value[turn], getattr(second, name)), name
 
 
@@ -920,8 +920,8 @@ def test_workspace_counts_residuals(schedule):
     problem = GRADIENT_HEADS[3].problem(TOKENS, HIDDEN, VOCABULARY, schedule_statistics(schedule))
     chosen = SCHEDULES[schedule]
     ahead = ahead_of(schedule_coefficients(schedule)) if chosen.prepared else None
-    left = backend.forward(problem, chosen, ahead).residuals
-    forms = backend.residuals(problem.shape, chosen)
+    left = backend.forward(problem, chosen, ahead).saved
+    forms = backend.saved_forms(problem.shape, chosen)
     assert [(tuple(tensor.shape), tensor.dtype) for tensor in left] == [(tuple(size), dtype) for size, dtype in forms]
 
 

@@ -26,7 +26,7 @@ from logitless.backends.triton.dense import new_statistics
 from logitless.backends.triton.launch import Tables, table_rows
 from logitless.backends.triton.pairs import list_tiles_kernel, start_tiles_kernel
 from logitless.backends.triton.rows import order_rows
-from logitless.backends.triton.selection import ROWS_PER_WORD, Selection, residuals
+from logitless.backends.triton.selection import ROWS_PER_WORD, Selection, saved_forms
 from logitless.options import BLOCK, Scan
 from logitless.sampling import block_count, kept_pairs_bound, most_sampled
 from problems import generator, random_problem
@@ -63,14 +63,14 @@ def exponents(kind: str) -> Tensor:
 KINDS = ("flat", "even", "steep")
 
 
-def offsets_of(seed: int = 0) -> Tensor:
+def uniforms_of(seed: int = 0) -> Tensor:
     return torch.rand(ROWS, generator=generator(seed), dtype=torch.float64)
 
 
-def problem_of(threshold: float, valid_mask: str = "all", offsets: Tensor | None = None) -> Problem:
+def problem_of(threshold: float, valid_mask: str = "all", uniforms: Tensor | None = None) -> Problem:
     problem = Head("selection", valid_mask=valid_mask).problem(ROWS, 8, VOCABULARY, frozenset())
     shape = replace(problem.shape, threshold=threshold)
-    return replace(problem, shape=shape, offsets=(offsets_of() if offsets is None else offsets).to(DEVICE))
+    return replace(problem, shape=shape, uniforms=(uniforms_of() if uniforms is None else uniforms).to(DEVICE))
 
 
 def select(
@@ -101,14 +101,14 @@ def expected(problem: Problem, log_masses: Tensor, shift: int = 0) -> list[list[
     """The same by the definition, in integers."""
     one, threshold = 1 << 44, problem.shape.threshold
     assert threshold is not None
-    assert problem.offsets is not None
+    assert problem.uniforms is not None
     valid_mask = torch.ones(ROWS, dtype=torch.bool) if problem.valid_mask is None else problem.valid_mask.cpu()
     most = most_sampled(VOCABULARY, threshold)
     result: list[list[tuple[int, bool]]] = [[] for _ in range(BLOCKS)]
     for row in range(ROWS):
         if not valid_mask[row]:
             continue
-        passed, own = int(problem.offsets[row].item() * one), int(problem.target[row]) // BLOCK
+        passed, own = int(problem.uniforms[row].item() * one), int(problem.target[row]) // BLOCK
         for block in range(BLOCKS):
             mass = 2.0 ** (log_masses[block, row].item() + shift)
             after = passed + int(min(1.0, mass / threshold) * one)
@@ -192,21 +192,21 @@ def test_masses_that_are_no_numbers(value):
 @pytest.mark.parametrize("offset", [0.0, 1 - 2.0**-53])
 def test_offsets_at_the_ends(offset):
     problem, log_masses = (
-        problem_of(1 / 16, offsets=torch.full((ROWS,), offset, dtype=torch.float64)),
+        problem_of(1 / 16, uniforms=torch.full((ROWS,), offset, dtype=torch.float64)),
         exponents("even"),
     )
     assert select(problem, log_masses)[0] == expected(problem, log_masses)
 
 
 def test_small_blocks_are_not_lost_beside_large_ones():
-    """A block of probability 2^-30 after others that add up to 60 is kept by the offsets that the definition names."""
+    """A block of probability 2^-30 after others that add up to 60 is kept by the uniforms that the definition names."""
     log_masses = torch.full((BLOCKS, ROWS), -math.inf)
     log_masses[:60] = -6.0
     log_masses[70] = -36.0
     just_below = 1 - 2.0**-30 - 2.0**-40  # the small block does not pass the integer; a step more, and it does
-    offsets = torch.full((ROWS,), just_below, dtype=torch.float64)
-    offsets[::2] = 1 - 2.0**-30
-    problem = problem_of(1 / 64, offsets=offsets)
+    uniforms = torch.full((ROWS,), just_below, dtype=torch.float64)
+    uniforms[::2] = 1 - 2.0**-30
+    problem = problem_of(1 / 64, uniforms=uniforms)
     own = problem.target.cpu() // BLOCK
     kept = [row for row, alone in select(problem, log_masses)[0][70] if not alone]
     assert kept == [row for row in range(ROWS) if row % 2 == 0]
@@ -216,7 +216,7 @@ def test_small_blocks_are_not_lost_beside_large_ones():
 def test_room_is_that_of_the_plan():
     problem = problem_of(1 / 16)
     _, left = select(problem, exponents("flat"))
-    assert [(tuple(t.shape), t.dtype) for t in left] == residuals(problem.shape)
+    assert [(tuple(t.shape), t.dtype) for t in left] == saved_forms(problem.shape)
     assert ROWS % ROWS_PER_WORD  # the last group is not full
 
 
@@ -294,7 +294,7 @@ def test_coefficients_of_rows_that_do_not_count_may_be_anything(softcap, spoiler
     """Those of label smoothing too, whose part of rank one is a sum over rows."""
     head = Head("busy", bias=True, softcap=softcap, vector=True, valid_mask="some")
     problem = head.problem(ROWS, 24, BLOCK * 3 + 5, frozenset({"smooth_logit"}))
-    problem = replace(problem, shape=replace(problem.shape, threshold=1 / 4), offsets=offsets_of().to(DEVICE))
+    problem = replace(problem, shape=replace(problem.shape, threshold=1 / 4), uniforms=uniforms_of().to(DEVICE))
     schedule = Schedule("sampled", ROWS, BLOCK * 3 + 5)
     statistics = backend.forward(problem, schedule, None)
     coefficients = random_coefficients(ROWS, b=False)

@@ -152,7 +152,7 @@ def test_unbiased_with(name, backend):
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_kernels_take_the_torch_backends_sample(name, data):
-    """From the same offsets the same blocks with the same weights: a block more or less is far above the tolerance."""
+    """From the same uniforms the same blocks with the same weights: a block more or less is far above the tolerance."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("for Triton's interpreter, which takes tensors on the CPU")

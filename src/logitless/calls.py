@@ -158,8 +158,8 @@ def checked_head(given: dtensors.Arguments, softcap: float | None, logit_scale: 
     return head
 
 
-def meet(
-    meeting: sharding.Meeting,
+def check_ranks_agree(
+    agreement: sharding.RankAgreement,
     given: dtensors.Arguments,
     operands: Operands,
     call: CallOptions,
@@ -169,7 +169,7 @@ def meet(
     input, linear_weight, target = (given.tensors[name] for name in ("input", "linear_weight", "target"))
     linear_bias, sampled = given.tensors["linear_bias"], call.sampled
     others = {name: given.tensors.get(name) for name in ("linear_bias", "weight", "token_weight", "main_grad")}
-    everyone = meeting.meet(
+    everyone = agreement.exchange(
         {
             "vocabulary": linear_weight.shape[0],
             "rows": input.numel() // input.shape[-1],
@@ -202,8 +202,8 @@ def meet(
             f"({', '.join(map(str, rows))}), got {target.numel()}"
         )
     return sharding.Layout(
-        group=meeting.group,
-        rank=meeting.group.rank(),
+        group=agreement.group,
+        rank=agreement.group.rank(),
         sizes=sizes,
         rows=rows if given.sequence_parallel else None,
     )
@@ -246,9 +246,9 @@ def evaluate(
     main_grad = options.main_grad if wants[1] else None
     sampled, head = options.sampled, options.head
     dtype = operands.compute_dtype
-    offsets = None
+    uniforms = None
     if sampled is not None and any(wants):
-        offsets = _offsets(tokens.target.shape[0], hidden.device, sampled.generator)
+        uniforms = _uniforms(tokens.target.shape[0], hidden.device, sampled.generator)
     threshold, scan = (None, "input") if sampled is None else (sampled.threshold, sampled.scan)
     if torch.compiler.is_compiling():
         if main_grad is not None:
@@ -257,7 +257,7 @@ def evaluate(
             options.backend, options.workspace, head, threshold, scan, dtype, wants, schedules.forced()
         )  # fmt: skip
         return compiled.apply(
-            hidden, weight, linear_bias, tokens.target, tokens.valid_mask, objective, smoothing, offsets, settings
+            hidden, weight, linear_bias, tokens.target, tokens.valid_mask, objective, smoothing, uniforms, settings
         )
     target, shard = tokens.target, None
     if layout is not None:
@@ -294,7 +294,7 @@ def evaluate(
         valid_mask=tokens.valid_mask,
         smoothing=smoothing,
         main_grad=main_grad,
-        offsets=offsets,
+        uniforms=uniforms,
         shard=shard,
         appended=None if operands.appended is None else trained.dtype,
         regather_in_backward=regather_in_backward,
@@ -314,14 +314,14 @@ def _plan(
         name = planning.choose_backend(options.backend, shape)
         return planning.choose(shape, name, scalar, options.workspace, schedules.forced()), False
     bounded = options.workspace is not None or schedules.forced() is not None or options.backend != "auto"
-    with sharding.meeting(layout.group if bounded else None) as meeting:
+    with sharding.rank_agreement(layout.group if bounded else None) as agreement:
         name = planning.choose_backend(options.backend, shape)
         widest = max(layout.sizes)
         plan = planning.choose_shard(shape, widest, name, scalar, options.workspace, schedules.forced())
-        if meeting is None:
+        if agreement is None:
             return plan, False
         no_room = _no_room(shape, plan, layout, options.workspace)
-        everyone = meeting.meet({"has no room for all rows": no_room})
+        everyone = agreement.exchange({"has no room for all rows": no_room})
     return plan, any(theirs["has no room for all rows"] for theirs in everyone)
 
 
@@ -332,7 +332,7 @@ def _no_room(shape: Shape, plan: planning.Plan, layout: sharding.Layout, workspa
     return plan.workspace + sum(layout.rows) * shape.hidden * shape.hidden_dtype.itemsize > workspace
 
 
-def _offsets(tokens: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
+def _uniforms(tokens: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
     """[N] float64 uniform in [0, 1), drawn where the generator lives; copying them makes nobody wait."""
     source = device if generator is None else generator.device
     pinned = source.type == "cpu" and device.type == "cuda"

@@ -116,7 +116,7 @@ def apply(
     valid_mask: torch.Tensor | None,  # [N]
     objective: LossObjective | StatisticsObjective,
     smoothing: torch.Tensor | float | None,  # [V] or one for all
-    offsets: torch.Tensor | None,  # [N]
+    uniforms: torch.Tensor | None,  # [N]
     settings: Settings,
 ) -> tuple[torch.Tensor, ...]:
     """As ``operators.apply``."""
@@ -124,7 +124,7 @@ def apply(
     text = written(settings, objective, smoothing if isinstance(smoothing, float) else None)
     class_weight = objective.class_weight if isinstance(objective, LossObjective) else None
     results = linear_head(
-        hidden, weight, bias, target, valid_mask, objective.scale, class_weight, vector, offsets, text
+        hidden, weight, bias, target, valid_mask, objective.scale, class_weight, vector, uniforms, text
     )
     count = 1 if isinstance(objective, LossObjective) else len(objective.names)
     return tuple(results[:count])
@@ -139,7 +139,7 @@ def _call(
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    uniforms: torch.Tensor | None,
 ) -> Call:
     """The call that the operators' arguments stand for, planned."""
     settings = text.settings
@@ -176,7 +176,7 @@ def _call(
         valid_mask=valid_mask,
         smoothing=text.uniform_smoothing if smoothing is None else smoothing,
         main_grad=None,
-        offsets=offsets,
+        uniforms=uniforms,
     )
 
 
@@ -190,21 +190,21 @@ def linear_head(
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    uniforms: torch.Tensor | None,
     text: str,
 ) -> list[torch.Tensor]:
     """The objective's outputs, then what the gradient needs: see ``_saved``."""
-    call = _call(_read(text), hidden, weight, bias, valid_mask, scale, class_weight, smoothing, offsets)
+    call = _call(_read(text), hidden, weight, bias, valid_mask, scale, class_weight, smoothing, uniforms)
     outputs, statistics, prepared = evaluate(call, hidden, weight, bias, target)
     return [*outputs, *_saved(statistics, prepared)]
 
 
 def _saved(statistics: Statistics, prepared: Gradients | None) -> list[torch.Tensor]:
-    """Prepared gradients where there are, else statistics that coefficients are made of, and residuals."""
+    """Prepared gradients where there are, else statistics that coefficients are made of, and saved tensors."""
     if prepared is not None:
         return [g for g in (prepared.hidden, prepared.weight, prepared.bias) if g is not None]
     gap = [] if statistics.mean_gap is None else [statistics.mean_gap]
-    return [statistics.peak, statistics.log_sum, statistics.target_logit, *gap, *statistics.residuals]
+    return [statistics.peak, statistics.log_sum, statistics.target_logit, *gap, *statistics.saved]
 
 
 @linear_head.register_fake
@@ -217,11 +217,11 @@ def _(
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    uniforms: torch.Tensor | None,
     text: str,
 ) -> list[torch.Tensor]:
     read = _read(text)
-    call = _call(read, hidden, weight, bias, valid_mask, scale, class_weight, smoothing, offsets)
+    call = _call(read, hidden, weight, bias, valid_mask, scale, class_weight, smoothing, uniforms)
     shape, dtype = call.shape, read.statistics_dtype
 
     def rows(kind: torch.dtype) -> torch.Tensor:
@@ -238,7 +238,7 @@ def _(
         prepared = [size for size, wanted in zip(sizes, read.settings.wants, strict=True) if wanted]
         return [*outputs, *(hidden.new_empty(size, dtype=dtype) for size in prepared)]
     statistics = [rows(dtype) for _ in range(4 if "mean_gap" in shape.statistics else 3)]
-    left = backends.load(call.plan.backend).residuals(shape, call.plan.schedule) if shape.any_gradient else []
+    left = backends.load(call.plan.backend).saved_forms(shape, call.plan.schedule) if shape.any_gradient else []
     return [*outputs, *statistics, *(hidden.new_empty(size, dtype=kind) for size, kind in left)]
 
 
@@ -254,20 +254,20 @@ def linear_head_backward(
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    uniforms: torch.Tensor | None,
     saved: list[torch.Tensor],
     text: str,
 ) -> list[torch.Tensor]:
     """The gradients that are wanted, in their tensors' dtypes, from upstream gradients of the outputs ``given``."""
     read = _read(text)
-    call = _call(read, hidden, weight, bias, valid_mask, scale, class_weight, smoothing, offsets)
+    call = _call(read, hidden, weight, bias, valid_mask, scale, class_weight, smoothing, uniforms)
     gap = "mean_gap" in call.shape.statistics
     statistics = Statistics(
         peak=saved[0],
         log_sum=saved[1],
         target_logit=saved[2],
         mean_gap=saved[3] if gap else None,
-        residuals=tuple(saved[3 + gap :]),
+        saved=tuple(saved[3 + gap :]),
     )
     by_output: list[torch.Tensor | None] = [None] * (1 if read.loss is not None else len(read.outputs))
     for index, grad in zip(given, upstream, strict=True):
@@ -289,7 +289,7 @@ def _(
     scale: torch.Tensor,
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    uniforms: torch.Tensor | None,
     saved: list[torch.Tensor],
     text: str,
 ) -> list[torch.Tensor]:

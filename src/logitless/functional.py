@@ -20,10 +20,10 @@ from logitless.calls import (
     Normalizer,
     Operands,
     Tokens,
+    check_ranks_agree,
     checked_head,
     evaluate,
     inverse_normalizer,
-    meet,
     statistics_dtype,
 )
 from logitless.objective import LossObjective, StatisticsObjective, select
@@ -160,7 +160,7 @@ def linear_cross_entropy(
     validation.check_group(given.group, given.sequence_parallel)
     adapter = given.moved(adapter)
     input, linear_weight, target, linear_bias, weight, token_weight, main_grad = (given.tensors[n] for n in tensors)
-    with sharding.meeting(given.group) as meeting:
+    with sharding.rank_agreement(given.group) as agreement:
         sampled = validation.check_gradient(gradient)
         head = checked_head(given, softcap, logit_scale)
         validation.check_adapter(adapter, input, linear_weight, main_grad)
@@ -181,9 +181,9 @@ def linear_cross_entropy(
         budget = validation.check_workspace(workspace)
         call = CallOptions(head, sampled, budget, validation.check_backend(backend), main_grad)
         layout = None
-        if meeting is not None:
-            layout = meet(
-                meeting,
+        if agreement is not None:
+            layout = check_ranks_agree(
+                agreement,
                 given,
                 operands,
                 call,
@@ -275,7 +275,7 @@ def token_statistics(
     validation.check_group(given.group, given.sequence_parallel)
     adapter = given.moved(adapter)
     input, linear_weight, target, linear_bias, main_grad = (given.tensors[n] for n in tensors)
-    with sharding.meeting(given.group) as meeting:
+    with sharding.rank_agreement(given.group) as agreement:
         sampled = validation.check_gradient(gradient)
         head = checked_head(given, softcap, logit_scale)
         validation.check_adapter(adapter, input, linear_weight, main_grad)
@@ -286,8 +286,8 @@ def token_statistics(
         budget = validation.check_workspace(workspace)
         call = CallOptions(head, sampled, budget, validation.check_backend(backend), main_grad)
         layout = None
-        if meeting is not None:
-            layout = meet(meeting, given, operands, call, outputs=list(names), ignore_index=ignore_index)
+        if agreement is not None:
+            layout = check_ranks_agree(agreement, given, operands, call, outputs=list(names), ignore_index=ignore_index)
     tokens = Tokens.of(target, linear_weight.shape[0] if layout is None else layout.vocabulary, ignore_index)
     dtype = statistics_dtype(operands.compute_dtype)
     objective = StatisticsObjective(names, tokens.valid_mask, tokens.token_scale.to(dtype))

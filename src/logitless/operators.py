@@ -46,7 +46,7 @@ class Call:
         valid_mask: as in ``Problem``.
         smoothing: as in ``Problem``.
         main_grad: as in ``Problem``.
-        offsets: as in ``Problem``.
+        uniforms: as in ``Problem``.
         shard: this rank's part, where the vocabulary is in shards.
         appended: dtype of the last columns of the weight, where these alone have a gradient; else None.
         regather_in_backward: whether hidden states that are sharded too are gathered anew for the backward pass.
@@ -61,7 +61,7 @@ class Call:
     valid_mask: torch.Tensor | None
     smoothing: torch.Tensor | float | None
     main_grad: torch.Tensor | None
-    offsets: torch.Tensor | None
+    uniforms: torch.Tensor | None
     shard: Shard | None = None
     appended: torch.dtype | None = None
     regather_in_backward: bool = False
@@ -91,7 +91,7 @@ class Call:
             valid_mask=self.valid_mask,
             smoothing=self.smoothing,
             main_grad=self.main_grad,
-            offsets=self.offsets,
+            uniforms=self.uniforms,
             merge=merge,
             hidden_index=index,
         )
@@ -213,7 +213,7 @@ def differentiate(
     statistics: Statistics,
     upstream: tuple[torch.Tensor | None, ...],
 ) -> Gradients:
-    """Gradients of the rows that count, of weight and of bias, in accumulation dtypes; residuals may be used up."""
+    """Gradients of the rows that count, of weight and of bias, in accumulation dtypes; saved tensors may be used up."""
     with full_precision_accumulation(hidden.device), torch.cuda.device_of(hidden):
         problem, backend = call.problem(hidden, weight, bias, target), backends.load(call.plan.backend)
         if call.plan.schedule.prepared:
@@ -319,7 +319,7 @@ def _gradients(
         if statistics is None:
             _, statistics, _ = evaluate(call, hidden, weight, bias, target)
         gradients = differentiate(call, hidden, weight, bias, target, statistics, upstream)
-        if call.plan.schedule.uses_up_residuals:
+        if call.plan.schedule.uses_up_saved:
             ctx.statistics = None
     shard = call.shard
     if shard is not None and gradients.hidden is not None:

@@ -46,7 +46,7 @@ class Sampled:
             in eight bits beside it during the forward pass; what the blocks that are kept say in full precision
             corrects the log-sum-exp, so that the loss becomes an estimate, with an error below that of bf16 logits.
             Not with entropy, prediction or target rank.
-        generator: source of the random offsets, on the CPU or on the device of the input; None for PyTorch's default
+        generator: source of the random uniforms, on the CPU or on the device of the input; None for PyTorch's default
             generator of the input's device. The same seed gives the same gradient.
     """
 

@@ -70,7 +70,7 @@ def block_shares(smoothing: torch.Tensor | float, vocabulary: int, device: torch
 def inclusion_weights(
     masses: torch.Tensor,  # [R, B]
     threshold: float,
-    offsets: torch.Tensor,  # [R]
+    uniforms: torch.Tensor,  # [R]
 ) -> torch.Tensor:
     """[R, B] float64 weights: inverse inclusion probability where a block is kept, 0 where it is not, or no number.
 
@@ -78,7 +78,7 @@ def inclusion_weights(
     probability of a small block, and sums of integers have no order.
     """
     probability = (masses.double() / threshold).clamp_(max=1.0).nan_to_num_(0.0)
-    passed = (probability * ONE).long().cumsum(1).add_((offsets.double() * ONE).long()[:, None]) >> SHIFT
+    passed = (probability * ONE).long().cumsum(1).add_((uniforms.double() * ONE).long()[:, None]) >> SHIFT
     first = passed[:, :1] > 0
     kept = torch.cat((first, passed[:, 1:] > passed[:, :-1]), 1)
     return torch.where(kept, 1 / probability, 0.0)

@@ -180,7 +180,7 @@ class Merging:
             return self(statistics, slice(0, statistics.peak.shape[0]))()
         if len(self._parts) == 1:
             return self._parts[0]
-        names = [field.name for field in fields(Statistics) if field.name not in ("target_rank", "residuals")]
+        names = [field.name for field in fields(Statistics) if field.name not in ("target_rank", "saved")]
         columns = {name: [getattr(part, name) for part in self._parts] for name in names}
         joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
         return Statistics(**joined)
@@ -228,23 +228,23 @@ def _merged(table: torch.Tensor, part: Statistics) -> Statistics:
 # --- agreement --------------------------------------------------------------------------------------------------------
 
 # How often the ranks of a group have met.
-_meetings: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+_exchanges: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 @dataclass
-class Meeting:
-    """The ranks of a group at the start of a call; ``meet`` is to be called once, or ``decline``."""
+class RankAgreement:
+    """The ranks of a group at the start of a call; ``exchange`` is to be called once, or ``abandon``."""
 
     group: dist.ProcessGroup
-    over: bool = False
+    done: bool = False
 
-    def meet(self, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def exchange(self, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The facts of all ranks.
 
         Raises:
-            ValueError: a rank declined, or facts differ that must not.
+            ValueError: a rank has abandoned its call, or facts differ that must not.
         """
-        self.over = True
+        self.done = True
         answers = _exchange(self.group, {"facts": dict(facts)})
         for rank, answer in enumerate(answers):
             if "error" in answer:
@@ -257,32 +257,32 @@ class Meeting:
                 raise ValueError(f"group: all ranks must make the same call, but differ in {name}: {listed}")
         return everyone
 
-    def decline(self, error: Exception) -> None:
+    def abandon(self, error: Exception) -> None:
         """Tell the others, who wait for this rank's facts, why there are none."""
-        self.over = True
+        self.done = True
         _exchange(self.group, {"error": str(error)})
 
 
 @contextmanager
-def meeting(group: dist.ProcessGroup | None) -> Iterator[Meeting | None]:
-    """A meeting that every rank comes to, with an error if the body raises one before; nothing without a group."""
+def rank_agreement(group: dist.ProcessGroup | None) -> Iterator[RankAgreement | None]:
+    """What the ranks exchange before a call, or the error that the body raises before; None without a group."""
     if group is None:
         yield None
         return
-    here = Meeting(group)
+    here = RankAgreement(group)
     try:
         yield here
     except Exception as error:
-        if not here.over:
-            here.decline(error)
+        if not here.done:
+            here.abandon(error)
         raise
 
 
 def _exchange(group: dist.ProcessGroup, answer: dict[str, Any]) -> list[dict[str, Any]]:
     """What every rank says, by rank, through the group's store: the host waits for the others' hosts, for no device."""
     store, rank, ranks = group.get_group_store(), group.rank(), group.size()
-    number = _meetings.get(group, 0)
-    _meetings[group] = number + 1
+    number = _exchanges.get(group, 0)
+    _exchanges[group] = number + 1
     if number >= 2:  # all ranks have come to the one after it, so all have read it
         store.delete_key(f"{KEY}/{number - 2}/{rank}")
     store.set(f"{KEY}/{number}/{rank}", json.dumps(answer))
@@ -315,4 +315,4 @@ def _reduce_scatter(result: torch.Tensor, parts: torch.Tensor, group: dist.Proce
 
 def of_target(statistics: Statistics, part: Statistics) -> Statistics:
     """Statistics of the whole as a backend wants them for its backward pass: what it left, and its own target logit."""
-    return replace(statistics, target_logit=part.target_logit, residuals=part.residuals)
+    return replace(statistics, target_logit=part.target_logit, saved=part.saved)

@@ -75,7 +75,7 @@ def exactly_rounded_inputs(tokens: int = 300, hidden: int = 256, vocabulary: int
 
 
 def test_backends_agree():
-    """From the same offsets the torch backend, which multiplies in fp32, keeps the same blocks with the same weights.
+    """From the same uniforms the torch backend, which multiplies in fp32, keeps the same blocks with the same weights.
 
     Logits are multiples of 1/32, exact in both; masses differ by roundings, for which a row keeps another block once in
     some thousand calls, the sum over 64 blocks of 1e-6.

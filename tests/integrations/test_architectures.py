@@ -185,16 +185,16 @@ def test_sampled_gradient_that_keeps_everything(case: Case) -> None:
 
 
 def test_sampled_gradient_in_expectation(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly: with one offset for all rows the gradient is constant between the offsets where a row's block changes.
+    """Exactly: with one offset for all rows the gradient is constant between the uniforms where a row's block changes.
 
     It is summed over these intervals, each once, times their lengths. At a threshold of 1 a row keeps one block.
     """
     masses: list[Tensor] = []
     offset = 0.0
 
-    def weights(mass: Tensor, threshold: float, offsets: Tensor) -> Tensor:
+    def weights(mass: Tensor, threshold: float, uniforms: Tensor) -> Tensor:
         masses.append(mass.double().clone())
-        return inclusion_weights(mass, threshold, torch.full_like(offsets, offset))
+        return inclusion_weights(mass, threshold, torch.full_like(uniforms, offset))
 
     monkeypatch.setattr(torch_sampled, "inclusion_weights", weights)
     batch = {**case.batch, "labels": case.batch["labels"].clone()}

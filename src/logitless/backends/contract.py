@@ -10,7 +10,7 @@ A backend is a module with these functions:
     what a schedule's windows must be a multiple of, unless they span the vocabulary.
 ``cost(shape, schedule) -> float | None``
     seconds, roughly, to rank schedules; None where the planner's order of preference decides.
-``residuals(shape, schedule) -> sizes and dtypes``
+``saved_forms(shape, schedule) -> sizes and dtypes``
     of the tensors that ``forward`` leaves for ``backward``, as far as these are known before.
 ``forward(problem, schedule, ahead) -> Statistics``
     one pass over the logits.
@@ -40,7 +40,7 @@ from logitless.options import HeadOptions, Scan
 TensorForm = tuple[tuple[int, ...], torch.dtype]
 """Size and dtype of a tensor."""
 
-# Index among the residuals of the buffer that becomes the weight's gradient, where windows are aliased with it.
+# Index among the saved tensors of the buffer that becomes the weight's gradient, where windows are aliased with it.
 WEIGHT_GRADIENT = 0
 
 WeightLayout = Literal["rows", "columns", "unaligned", "strided"]
@@ -182,7 +182,7 @@ class Schedule:
     prepared: bool = False
 
     @property
-    def uses_up_residuals(self) -> bool:
+    def uses_up_saved(self) -> bool:
         """Whether an eager backward pass overwrites what the forward pass left: logits, by their gradient."""
         return not self.prepared and (self.cached_windows > 0 or self.aliased_windows > 0)
 
@@ -221,7 +221,7 @@ class Problem:
             their statistics zero and skip their work.
         smoothing: [V] weight of each logit in ``smooth_logit``, one number for all, or None where not wanted.
         main_grad: [V, D] fp32 to which the weight's gradient is added; ``Gradients.weight`` is None then.
-        offsets: [N] float64 in [0, 1), where each row's systematic sample starts; None for the exact gradient.
+        uniforms: [N] float64 in [0, 1), where each row's systematic sample starts; None for the exact gradient.
         merge: where the weight is a shard of the whole vocabulary, begins to merge the statistics of some rows, and
             returns what waits for those of the whole. Strategies that need these before the backward pass call it, for
             all rows in order; others leave it to the operator. None where the weight is the whole.
@@ -238,7 +238,7 @@ class Problem:
     valid_mask: torch.Tensor | None
     smoothing: torch.Tensor | float | None
     main_grad: torch.Tensor | None
-    offsets: torch.Tensor | None
+    uniforms: torch.Tensor | None
     merge: Callable[[Statistics, slice], Callable[[], Statistics]] | None = None
     hidden_index: torch.Tensor | None = None
     rank_above: torch.Tensor | None = None
@@ -291,7 +291,7 @@ class Statistics:
         smooth_logit: sum of the logits less the peak, weighted by ``Problem.smoothing``, or None.
         prediction: int64 index of the largest logit, or None.
         target_rank: int64 number of other entries with a logit above the target's, or None.
-        residuals: tensors that the backward pass of the same backend may reuse, and use up: see ``residuals``.
+        saved: tensors that the backward pass of the same backend may reuse, and use up: see ``saved_forms``.
     """
 
     peak: torch.Tensor
@@ -301,16 +301,16 @@ class Statistics:
     smooth_logit: torch.Tensor | None = None
     prediction: torch.Tensor | None = None
     target_rank: torch.Tensor | None = None
-    residuals: tuple[torch.Tensor, ...] = ()
+    saved: tuple[torch.Tensor, ...] = ()
 
     @property
     def logsumexp(self) -> torch.Tensor:
         """[N] log of the sum of exponentials of the row's logits."""
         return self.peak + self.log_sum
 
-    def leaving(self, residuals: tuple[torch.Tensor, ...]) -> Statistics:
+    def with_saved(self, saved: tuple[torch.Tensor, ...]) -> Statistics:
         """The same statistics, with something for the backward pass."""
-        return replace(self, residuals=residuals)
+        return replace(self, saved=saved)
 
 
 @dataclass(frozen=True)
@@ -401,8 +401,8 @@ class BackendModule(Protocol):
         """Seconds, roughly; None where the planner's order of preference decides."""
         ...
 
-    def residuals(self, shape: Shape, schedule: Schedule) -> list[TensorForm]:
-        """Sizes and dtypes of ``Statistics.residuals``."""
+    def saved_forms(self, shape: Shape, schedule: Schedule) -> list[TensorForm]:
+        """Sizes and dtypes of ``Statistics.saved``."""
         ...
 
     def forward(self, problem: Problem, schedule: Schedule, ahead: AffineCoefficients | None) -> Statistics:

@@ -63,7 +63,7 @@ def cost(shape: Shape, schedule: Schedule) -> float | None:
     del shape, schedule
 
 
-def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
+def saved_forms(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     """Nothing is left."""
     del shape, schedule
     return []
@@ -166,16 +166,16 @@ def _estimated(problem: Problem, z: torch.Tensor) -> Statistics:
 
 def _block_weights(problem: Problem, statistics: Statistics | None = None) -> torch.Tensor:
     """[N, B] weight of each block in the sampled gradient, 0 where it is left out; by these or the scan's own sums."""
-    threshold, offsets = problem.shape.threshold, problem.offsets
+    threshold, uniforms = problem.shape.threshold, problem.uniforms
     assert threshold is not None
-    assert offsets is not None
+    assert uniforms is not None
     y = _scanned_logits(problem)
     peak, log_sum = _log_sum_exp(y) if statistics is None else (statistics.peak, statistics.log_sum)
     p = ((y - peak[:, None]) - log_sum[:, None]).exp()
     masses = block_sums(p)
     if problem.smoothing is not None and problem.head.softcap is not None:
         masses = mix_in_smoothing(masses, problem.smoothing, problem.shape.vocabulary)
-    return inclusion_weights(masses, threshold, offsets).to(p.dtype)
+    return inclusion_weights(masses, threshold, uniforms).to(p.dtype)
 
 
 def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients) -> Gradients:

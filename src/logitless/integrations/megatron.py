@@ -76,7 +76,7 @@ def language_model_loss(
     _check_layer(output_layer)
     group = _group(output_layer)
     sequence_parallel = group is not None and output_layer.sequence_parallel
-    with sharding.meeting(group):
+    with sharding.rank_agreement(group):
         _check_options("language_model_loss", options)
         weight = _checked_weight(output_layer, weight)
         _check_tokens(hidden, labels, group.size() if group is not None and sequence_parallel else 1)

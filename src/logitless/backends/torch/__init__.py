@@ -38,11 +38,11 @@ def cost(shape: Shape, schedule: Schedule) -> float | None:
     del shape, schedule
 
 
-def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
+def saved_forms(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     """What ``forward`` leaves under a schedule."""
     if schedule.strategy == "sampled":
-        return sampled.residuals(shape)
-    return dense.residuals(shape, schedule)
+        return sampled.saved_forms(shape)
+    return dense.saved_forms(shape, schedule)
 
 
 def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | None) -> Statistics:

@@ -35,7 +35,7 @@ PARTIAL = 4096
 ADDED_ROWS = 512
 
 
-def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
+def saved_forms(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     """The buffer of the weight gradient, kept products one window after the other, and the windows' peaks and log-sums.
 
     With those the backward pass takes each window's share of a row from the forward pass. Recomputed products differ by
@@ -84,7 +84,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     """Statistics, tile by tile; the products of some windows stay for the backward pass."""
     shape = problem.shape
     projection = Projection(problem, schedule.rows, schedule.window)
-    forms = residuals(shape, schedule)
+    forms = saved_forms(shape, schedule)
     tensors = tuple(torch.empty(size, dtype=dtype, device=problem.hidden.device) for size, dtype in forms)
     left = Left(tensors, shape, schedule)
     windows = list(slices(shape.vocabulary, schedule.window))
@@ -100,7 +100,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
             if sums is not None:
                 sums[:, rows] = running.window
         parts.append(running.finish())
-    return concatenate(parts, problem).leaving(tensors)
+    return concatenate(parts, problem).with_saved(tensors)
 
 
 def concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
@@ -114,7 +114,7 @@ def concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 
-    names = (field.name for field in fields(Statistics) if field.name != "residuals")
+    names = (field.name for field in fields(Statistics) if field.name != "saved")
     return Statistics(**{name: joined(name) for name in names})
 
 
@@ -124,7 +124,7 @@ def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coeff
     The window's slice of the weight gradient is written once; the hidden gradient is added up in fp32.
     """
     shape = problem.shape
-    left = Left(statistics.residuals, shape, schedule)
+    left = Left(statistics.saved, shape, schedule)
     projection = Projection(problem, shape.tokens, schedule.backward_window)
     rows = RowValues.of(problem, statistics, coefficients)
     rows = replace(rows, entries=projection.target_entries(rows))

@@ -44,7 +44,7 @@ from logitless.sampling import block_count, inclusion_weights, kept_pairs_bound,
 ROW_MULTIPLE = 32
 
 
-def residuals(shape: Shape) -> list[TensorForm]:
+def saved_forms(shape: Shape) -> list[TensorForm]:
     """Rows, weights and shares of the pairs, with room for as many as there can be, and where each block's start."""
     assert shape.threshold is not None
     bound = kept_pairs_bound(shape.tokens, shape.vocabulary, shape.threshold)
@@ -97,10 +97,10 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
         if smooth is not None and order is not None:
             smooth = smooth[order]
         statistics, pairs = corrected(problem, statistics, pairs, smooth)
-    tensors = [torch.empty(size, dtype=dtype, device=problem.hidden.device) for size, dtype in residuals(shape)]
+    tensors = [torch.empty(size, dtype=dtype, device=problem.hidden.device) for size, dtype in saved_forms(shape)]
     for tensor, values in zip(tensors, (pairs.rows, pairs.weights, pairs.shares, pairs.starts), strict=True):
         tensor[: values.shape[0]] = values
-    return statistics.leaving(tuple(tensors))
+    return statistics.with_saved(tuple(tensors))
 
 
 def _masses(
@@ -119,12 +119,12 @@ def _masses(
 
 def _select(problem: Problem, rows: slice, masses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[R, B] which blocks are listed by their masses [R, B], and [R, B] their weights."""
-    shape, offsets = problem.shape, problem.offsets
+    shape, uniforms = problem.shape, problem.uniforms
     assert shape.threshold is not None
-    assert offsets is not None
+    assert uniforms is not None
     if problem.smoothing is not None and shape.softcapped:
         masses = mix_in_smoothing(masses, problem.smoothing, shape.vocabulary)
-    weights = inclusion_weights(masses, shape.threshold, offsets[rows]).to(shape.statistics_dtype)
+    weights = inclusion_weights(masses, shape.threshold, uniforms[rows]).to(shape.statistics_dtype)
     listed = weights > 0
     listed.scatter_(1, (problem.target[rows] // BLOCK)[:, None], True)
     return listed, weights
@@ -150,7 +150,7 @@ def _group(
 def backward(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> Gradients:
     """Gradients from the kept pairs; the rank-one part of label smoothing is exact and comes last."""
     shape = problem.shape
-    rows, weights, shares, block_starts = statistics.residuals
+    rows, weights, shares, block_starts = statistics.saved
     count = int(block_starts[-1])
     pairs = Pairs(rows[:count], weights[:count], shares[:count], block_starts)
     projection = Projection(problem, GROUP_ROWS, BLOCK)

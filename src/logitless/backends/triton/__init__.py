@@ -48,13 +48,13 @@ def unsupported(shape: Shape) -> str | None:
     return None
 
 
-def residuals(shape: Shape, schedule: Schedule) -> list[TensorForm]:
+def saved_forms(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     """What ``forward`` leaves under a schedule."""
     if schedule.prepared:
-        return prepared.residuals(shape)
+        return prepared.saved_forms(shape)
     if schedule.strategy == "sampled":
-        return selection.residuals(shape)
-    return dense.residuals(shape, schedule, blocks(shape))
+        return selection.saved_forms(shape)
+    return dense.saved_forms(shape, schedule, blocks(shape))
 
 
 def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | None) -> Statistics:

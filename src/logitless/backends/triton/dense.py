@@ -58,7 +58,7 @@ def padded(columns: int) -> int:
     return ceil_div(columns, PADDING) * PADDING
 
 
-def residuals(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]:
+def saved_forms(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorForm]:
     """What ``forward`` leaves: the weight gradient's buffer, kept columns and their table; order, target, count."""
     if schedule.strategy == "loss_only":
         return []
@@ -169,7 +169,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     if schedule.strategy != "loss_only":
         left = [
             torch.empty(size, dtype=dtype, device=launcher.device)
-            for size, dtype in residuals(shape, schedule, ceil_div(shape.vocabulary, launcher.block))[:2]
+            for size, dtype in saved_forms(shape, schedule, ceil_div(shape.vocabulary, launcher.block))[:2]
         ]
         alias = aliased_views(left[0], problem, schedule) if aliased.stop else None
         storage = left[1][None, :, : kept.stop - kept.start]
@@ -182,7 +182,7 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     order = launcher.rows
     keeps = aliased.stop > 0 or kept.stop > kept.start
     table = scratch.tables.sums if keeps else launcher.empty(0)
-    return statistics.leaving((*left, table, order.order, order.target, order.count))
+    return statistics.with_saved((*left, table, order.order, order.target, order.count))
 
 
 class _Accumulators:
@@ -221,7 +221,7 @@ class _Accumulators:
 
 def backward(problem: Problem, schedule: Schedule, statistics: Statistics, coefficients: Coefficients) -> Gradients:
     """Windows in order: softmax kept or logits recomputed, turned into gradients, multiplied twice."""
-    shape, left = problem.shape, statistics.residuals
+    shape, left = problem.shape, statistics.saved
     launcher = Launcher(problem, RowOrder(*left[3:]))
     hidden = launcher.gather(slice(0, shape.tokens), launcher.hidden_buffer(shape.tokens))
     aliased, recomputed, kept = runs(shape, schedule)

@@ -144,9 +144,9 @@ def _prepared(shape: Shape) -> int:
 
 def _sampled(shape: Shape, schedule: Schedule) -> int:
     """Pairs; forward, tables and a bit for each pair there could be; backward, the gradient of the pairs' logits."""
-    residuals = selection.residuals(shape)
-    left = sum(math.prod(size) * dtype.itemsize for size, dtype in residuals)
-    (pairs, _), (starts, _) = residuals[:2]
+    saved = selection.saved_forms(shape)
+    left = sum(math.prod(size) * dtype.itemsize for size, dtype in saved)
+    (pairs, _), (starts, _) = saved[:2]
     rows = sampled.rows_at_a_time(shape, schedule)
     smooth = 0
     if "smooth_logit" in shape.statistics:

@@ -29,7 +29,7 @@ from logitless.backends.triton.rowwise import gradient_in_place, scale_rows
 from logitless.backends.triton.softmax_gradient import sum_columns
 
 
-def residuals(shape: Shape) -> list[TensorForm]:
+def saved_forms(shape: Shape) -> list[TensorForm]:
     """The gradient of the logits."""
     return [((shape.tokens, padded(shape.vocabulary)), shape.compute_dtype)]
 
@@ -47,13 +47,13 @@ def _empty(problem: Problem, *size: int, dtype: torch.dtype = torch.float32) -> 
 def forward(problem: Problem, ahead: AffineCoefficients) -> Statistics:
     """Statistics of every row; the gradient of the logits stays for ``finish``."""
     shape, (hidden, weight) = problem.shape, _operands(problem)
-    ((size, dtype),) = residuals(shape)
+    ((size, dtype),) = saved_forms(shape)
     buffer = _empty(problem, *size, dtype=dtype)
     logits = buffer[:, : shape.vocabulary]
     multiply(hidden, weight.T, logits, add=False, scale=1.0)
     statistics = new_statistics(problem)
     gradient_in_place(problem, logits, 0, ahead, statistics)
-    return statistics.leaving((buffer,))
+    return statistics.with_saved((buffer,))
 
 
 def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstream: torch.Tensor) -> Gradients:
@@ -62,7 +62,7 @@ def finish(problem: Problem, schedule: Schedule, statistics: Statistics, upstrea
     shape, scale, unscaled = problem.shape, problem.head.logit_scale, upstream
     if not scale:  # as in ``scale_left``, but what is left of the forward pass must stay
         scale, upstream = 1.0, upstream * scale
-    (buffer,) = statistics.residuals
+    (buffer,) = statistics.saved
     gradient = buffer[:, : shape.vocabulary]
     weight_gradient = hidden_gradient = bias_gradient = None
     if shape.weight_gradient:

@@ -72,15 +72,15 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     del scratch, rounding
     pairs, starts = selection.listed()
     if selection.kept is None:
-        return statistics.leaving((pairs, starts))
+        return statistics.with_saved((pairs, starts))
     grouped = _Grouped(problem, pairs, starts)
-    return statistics.leaving((pairs, starts, *grouped.correct(statistics, selection.kept)))
+    return statistics.with_saved((pairs, starts, *grouped.correct(statistics, selection.kept)))
 
 
 def backward(problem: Problem, statistics: Statistics, coefficients: Coefficients) -> Gradients:
     """Gradients from the pairs; the rank-one part of label smoothing is exact."""
     shape = problem.shape
-    pairs, starts, *kept = statistics.residuals
+    pairs, starts, *kept = statistics.saved
     grouped = _Grouped(problem, pairs, starts)
     if shape.estimated:
         gradient = grouped.kept_gradient(statistics, coefficients, *kept)

@@ -9,7 +9,7 @@ For row i and block b of BLOCK vocabulary entries, from the table of block sums:
 ``sampling.py`` says why that is unbiased. Sums are integers in units of 2^-44, so that they are exact and a block of
 small probability is not lost beside them. The target's block is listed in any case. Of listed pairs a bit each is left;
 they are counted, and put in order by block and within a block by row, with prefix sums. Nothing asks the host, no order
-depends on time: the same offsets give the same pairs.
+depends on time: the same uniforms give the same pairs.
 """
 
 # A launch takes num_warps besides the kernel's own parameters.
@@ -139,9 +139,9 @@ def select_kernel(
     log_sums,  # [B, table_stride] fp32, log2 of the blocks' sums relative to their peaks
     shares,  # [B] fp32 where MIXED
     step_sums,  # [S, rows] int64
-    peak,  # [N] fp32, at the caller's places, as log_sum and offsets
+    peak,  # [N] fp32, at the caller's places, as log_sum and uniforms
     log_sum,
-    offsets,  # [N] fp64
+    uniforms,  # [N] fp64
     order,  # [N] int32
     target,  # [N] int32, packed
     count,  # [1] int32
@@ -175,7 +175,7 @@ def select_kernel(
     row_peak = tl.load(peak + origin, mask=counts, other=0.0)
     row_log_sum = tl.load(log_sum + origin, mask=counts, other=0.0) * LOG2E
     own_block = tl.load(target + place, mask=counts, other=0) // BLOCK
-    passed = (tl.load(offsets + origin, mask=counts, other=0.0) * ONE).to(tl.int64)
+    passed = (tl.load(uniforms + origin, mask=counts, other=0.0) * ONE).to(tl.int64)
     segment = tl.program_id(1)
     for first in range(0, segment, SEGMENTS):
         before = first + tl.arange(0, SEGMENTS)
@@ -316,7 +316,7 @@ LISTED_GROUPS, LISTED_BLOCKS = 16, 8
 STARTED_BLOCKS = 256
 
 
-def residuals(shape: Shape) -> list[TensorForm]:
+def saved_forms(shape: Shape) -> list[TensorForm]:
     """Pairs, with room for as many as there can be, and where each block's start.
 
     After a scan in eight bits also their weights, their probabilities and the log-sum-exp that these are of.
@@ -395,9 +395,9 @@ class Selection:
 
     def add(self, tables: Tables, first_row: int, rows: int, statistics: Statistics) -> None:
         """List the pairs of places ``first_row``, a multiple of ROWS_PER_WORD, on."""
-        problem, threshold, offsets = self._problem, self._problem.shape.threshold, self._problem.offsets
+        problem, threshold, uniforms = self._problem, self._problem.shape.threshold, self._problem.uniforms
         assert threshold is not None
-        assert offsets is not None
+        assert uniforms is not None
         assert first_row % ROWS_PER_WORD == 0
         if rows == 0:
             return
@@ -427,7 +427,7 @@ class Selection:
             sums,
             statistics.peak,
             statistics.log_sum,
-            offsets,
+            uniforms,
             self._rows.order,
             self._rows.target,
             self._rows.count,
@@ -446,11 +446,11 @@ class Selection:
         )
 
     def listed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pairs, and where each block's start: see ``residuals``."""
+        """Pairs, and where each block's start: see ``saved_forms``."""
         groups, blocks = self._bits.shape
         device = self._bits.device
         pairs, starts = (
-            torch.empty(size, dtype=dtype, device=device) for size, dtype in residuals(self._problem.shape)[:2]
+            torch.empty(size, dtype=dtype, device=device) for size, dtype in saved_forms(self._problem.shape)[:2]
         )
         segments = ceil_div(groups, COUNTED_GROUPS)
         counts = torch.empty(segments, blocks, dtype=torch.int32, device=device)
