@@ -19,7 +19,7 @@ from problems import coarse, generator
 from tolerance import FACTOR, floor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter misreads bf16 operands of the tensor copy engine.
+# The interpreter misreads bf16 operands of TMA descriptors.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 STATISTICS = frozenset({"mean_gap", "smooth_logit", "prediction", "target_rank"})
 LOG2 = 0.6931471805599453

@@ -36,7 +36,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 Capability = tuple[int, int]
 Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype | None]
 Sizes = tuple[int, int, int]
-# Of Ampere, Ada, whose matrix units know eight bits, and Hopper.
+# Of Ampere, Ada, whose tensor cores know eight bits, and Hopper.
 CAPABILITIES: tuple[Capability, ...] = ((8, 0), (8, 9), (9, 0))
 
 

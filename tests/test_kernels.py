@@ -617,7 +617,7 @@ def test_gradient_of_a_recomputed_window(head, given):
     hidden = gathered(launcher, slice(0, TOKENS))
     spoilt = spoil_others(coefficients, counts)
     launcher.window_gradient(hidden, gradient, WINDOW, exact_statistics(problem), spoilt)
-    assert (buffer[:, padded(width) :] == 7).all()  # the copy engine may write to the end of 16 bytes
+    assert (buffer[:, padded(width) :] == 7).all()  # TMA may write to the end of 16 bytes
     check_logits_gradient(problem, coefficients, gradient, WINDOW)
 
 

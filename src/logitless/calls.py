@@ -23,8 +23,8 @@ Adapter = tuple[torch.Tensor, torch.Tensor]
 class Tokens:
     """The tokens that count.
 
-    On the CPU those are picked out. On an accelerator that would stop the host, so all rows stay: ignored ones count 0,
-    and those whose target is out of range count NaN, so that their loss and gradients are NaN.
+    On the CPU those are picked out. On an accelerator that would be a host-device synchronization, so all rows stay:
+    ignored ones count 0, and those whose target is out of range count NaN, so that their loss and gradients are NaN.
 
     Attributes:
         target: [N] int64 indices in [0, V).
@@ -305,7 +305,7 @@ def evaluate(
 def _plan(
     shape: Shape, scalar: bool, options: CallOptions, layout: sharding.Layout | None
 ) -> tuple[planning.Plan, bool]:
-    """The plan of a call, and whether hidden states that are sharded are gathered anew for the backward pass.
+    """The plan of a call, and whether hidden states that are sharded are gathered again for the backward pass.
 
     Of a shard's, all ranks learn if one cannot keep to the workspace that was asked for, or has no room for the hidden
     states of all: a collective is called by all of them.

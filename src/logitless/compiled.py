@@ -4,7 +4,7 @@
 ``logitless::linear_head_backward`` the gradients. Both are functional: nothing that a forward pass leaves is
 overwritten and no outputs share memory, so no windows are aliased with the weight gradient, and what is cached is
 read, not used up. Everything that is not a tensor travels as text, so that a graph can hold it. Sizes are those of
-the trace: another number of tokens compiles anew.
+the trace: another number of tokens recompiles.
 """
 
 from __future__ import annotations

@@ -304,9 +304,9 @@ def check_targets(
 ) -> None:
     """Raise if a target is out of range, with its place: what made a loss NaN on a GPU.
 
-    A loss on the CPU checks its targets. On an accelerator that would stop the host, so a token whose target is out of
-    range gets a loss of NaN, and gradients of NaN, instead; this function then says which token it was. It waits for
-    the device.
+    A loss on the CPU checks its targets. On an accelerator that would be a host-device synchronization, so a token
+    whose target is out of range gets a NaN loss, and gradients of NaN. This function then says which it was. It waits
+    for the device of the targets.
 
     Args:
         target: vocabulary indices [...], any integer dtype, on any device.

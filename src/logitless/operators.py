@@ -49,7 +49,7 @@ class Call:
         uniforms: as in ``Problem``.
         shard: this rank's part, where the vocabulary is in shards.
         appended: dtype of the last columns of the weight, where these alone have a gradient; else None.
-        regather_in_backward: whether hidden states that are sharded too are gathered anew for the backward pass.
+        regather_in_backward: whether hidden states that are sharded too are gathered again for the backward pass.
     """
 
     shape: Shape

@@ -42,7 +42,7 @@ class Sampled:
     Attributes:
         threshold: softmax mass from which a block is always kept, in (0, 1]. Smaller is more exact and slower.
         scan: precision of the product that finds the mass. ``"input"``: that of the inputs, and the loss is exact.
-            ``"fp8"``: operands in eight bits, in 0.6 of the time on devices with matrix units for them, and the weight
+            ``"fp8"``: operands in eight bits, in 0.6 of the time on devices with tensor cores for them, and the weight
             in eight bits beside it during the forward pass; what the blocks that are kept say in full precision
             corrects the log-sum-exp, so that the loss becomes an estimate, with an error below that of bf16 logits.
             Not with entropy, prediction or target rank.

@@ -370,7 +370,7 @@ def check_normalizer(
     if value.requires_grad:
         raise ValueError("normalizer must not require grad; pass normalizer.detach()")
     check_differentiation("normalizer", value)
-    if value.device.type != "cpu":  # asking an accelerator would stop the host
+    if value.device.type != "cpu":  # a value read from an accelerator would be a host-device synchronization
         _same_device("normalizer", value, input)
     else:
         check_number("normalizer", value.item(), least=0)

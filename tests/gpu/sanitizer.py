@@ -4,7 +4,7 @@ Also with ``--tool racecheck``. Sizes are ragged and rows are ignored; each stra
 of them, which are different kernels.
 
 ``--tool initcheck python tests/gpu/sanitizer.py --initcheck`` runs in fp32 and without the strategies that write
-through the tensor copy engine, as the library's own bf16 products do: that tool takes what the engine wrote for
+through TMA, as cuBLAS's own bf16 products do: that tool takes what TMA wrote for
 unwritten. ``test_no_memory_is_read_before_it_is_written`` covers the rest.
 """
 

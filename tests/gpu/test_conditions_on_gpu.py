@@ -440,7 +440,7 @@ def test_precision_of_the_loss(strategy, reduction, dtype, precision):
         check(ours, inputs, upstream, reduction=reduction)
 
 
-@pytest.mark.skipif(not EIGHT_BITS, reason="no matrix units for e4m3")
+@pytest.mark.skipif(not EIGHT_BITS, reason="no tensor cores for e4m3")
 @each_precision
 @each_dtype
 def test_precision_of_the_scan_in_eight_bits(dtype, precision):

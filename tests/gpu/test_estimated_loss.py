@@ -28,7 +28,7 @@ from tolerance import loss_and_gradients, loss_baseline
 pytestmark = [
     *NEEDS_GPU,
     pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no matrix units for e4m3"
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no tensor cores for e4m3"
     ),
 ]
 
@@ -62,7 +62,7 @@ def test_options_where_everything_is_kept(left_out):
 def exactly_rounded_inputs(tokens: int = 300, hidden: int = 256, vocabulary: int = 8192) -> Inputs:
     """Integers up to 7, which eight bits hold in a unit of 7/448, and whose products add up to less than 2^11 units.
 
-    A Hopper GPU's matrix units keep some 14 digits while they add up products of eight bits: of these, all.
+    A Hopper GPU's tensor cores keep some 14 digits while they add up products of eight bits: of these, all.
     """
     random = generator(0)
     operands = [torch.randint(-3, 4, (rows, hidden), generator=random, device=DEVICE) for rows in (tokens, vocabulary)]

@@ -25,7 +25,7 @@ from logitless.backends.triton.prepared import forward_with_gradients as forward
 READS_MATRIX = True
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Bytes to which the tensor copy engine wants rows aligned, in elements of the hidden size.
+# Bytes to which TMA wants rows aligned, in elements of the hidden size.
 HIDDEN_MULTIPLE = 8
 
 
@@ -34,17 +34,17 @@ def unsupported(shape: Shape) -> str | None:
     if shape.device_type != "cuda" and not (shape.device_type == "cpu" and tiles.interpreted()):
         return f"it needs a CUDA device, and the tensors are on {shape.device_type!r}"
     if torch.version.hip is not None:
-        return "its tiles and its matrix units are those of NVIDIA's GPUs, and PyTorch is built for AMD's"
+        return "its tiles and tensor cores are those of NVIDIA's GPUs, and PyTorch is built for AMD's"
     if shape.compute_dtype not in DTYPES:
         return f"it computes in bf16, fp16 and fp32, not in {str(shape.compute_dtype).removeprefix('torch.')}"
     if shape.compute_dtype == torch.bfloat16 and tiles.interpreted():
         return "Triton's interpreter misreads bf16 operands"
     if shape.estimated and not tiles.has_fp8_mma(index_of(shape)):
-        return "the device has no matrix units for Sampled(scan='fp8'), which come with compute capability 8.9"
+        return "the device has no fp8 tensor cores for Sampled(scan='fp8'); these come with compute capability 8.9"
     if shape.estimated and shape.softcapped and "smooth_logit" in shape.statistics:
         return "under a softcap it smooths labels only with Sampled(scan='input')"
     if shape.hidden % HIDDEN_MULTIPLE:
-        return f"the hidden size must be a multiple of {HIDDEN_MULTIPLE} for the tensor copy engine, got {shape.hidden}"
+        return f"the hidden size must be a multiple of {HIDDEN_MULTIPLE} for TMA, got {shape.hidden}"
     return None
 
 

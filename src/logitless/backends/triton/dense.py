@@ -78,7 +78,7 @@ def saved_forms(shape: Shape, schedule: Schedule, blocks: int) -> list[TensorFor
 def aliased_views(buffer: torch.Tensor, problem: Problem, schedule: Schedule) -> torch.Tensor:
     """[windows, N, U] places in the weight gradient's buffer, from its second window of rows on."""
     shape = problem.shape
-    # What is kept has the compute dtype, which without a GPU need not be that of the library's products.
+    # What is kept has the compute dtype, which without a GPU need not be that of cuBLAS's products.
     spacing = alias_spacing(shape, schedule.window) * shape.product_dtype.itemsize // shape.compute_dtype.itemsize
     flat = buffer[schedule.window :].view(-1).view(shape.compute_dtype)
     size = (schedule.aliased_windows, shape.tokens, schedule.window)

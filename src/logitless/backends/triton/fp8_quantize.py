@@ -22,7 +22,7 @@ from logitless.backends.triton.launch import Rounded, or_other, readable
 from logitless.backends.triton.tiles import interpreted
 from logitless.fp8 import FORMAT, LARGEST, LEAST_SCALE, MAX_OUTLIERS, averaged_rows
 
-# Elements to which rows are padded with zeros: 16 bytes, as the tensor copy engine wants them.
+# Elements to which rows are padded with zeros: 16 bytes, as TMA wants them.
 ALIGNMENT = 16
 UNIT: tl.constexpr = tl.constexpr(1 / LARGEST)
 LEAST: tl.constexpr = tl.constexpr(LEAST_SCALE)

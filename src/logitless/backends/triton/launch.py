@@ -24,7 +24,7 @@ from logitless.backends.triton.softmax_gradient import (
 from logitless.backends.triton.window import window_gradient_kernel
 from logitless.options import BLOCK
 
-# Bytes to which the base and the rows of what the tensor copy engine reads must be aligned.
+# Bytes to which the base and the rows of what TMA reads must be aligned.
 ALIGNMENT = 16
 
 
@@ -426,7 +426,7 @@ def input_precision(dtype: torch.dtype) -> Literal["ieee", "tf32"]:
 
 
 def readable(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix whose rows the tensor copy engine can read: itself, or a packed copy."""
+    """A matrix whose rows TMA can read: itself, or a packed copy."""
     aligned = (matrix.data_ptr() | matrix.stride(0) * matrix.element_size()) % ALIGNMENT == 0
     return matrix if matrix.stride(1) == 1 and aligned else matrix.clone(memory_format=torch.contiguous_format)
 

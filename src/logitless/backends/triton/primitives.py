@@ -30,7 +30,7 @@ def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
 def nearest_tf32(x):
     """fp32 values rounded to tf32's ten bits, halves away from zero.
 
-    The matrix unit drops the other bits, which shrinks every logit by 0.05 % or so: a loss of 10 by 3e-3.
+    Tensor cores drop the other bits, which shrinks every logit by 0.05 % or so: a loss of 10 by 3e-3.
     """
     bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # a NaN's bits could overflow

@@ -1,4 +1,4 @@
-"""Logits by the library's product, and one kernel that makes of a row its statistics and its gradient.
+"""Logits by cuBLAS, and one kernel that makes of a row its statistics and its gradient.
 
 For scalar outputs, whose coefficients are known before any upstream gradient: a row of logits is read for its
 log-sum-exp, read again while it lies in L2, and overwritten by its gradient. The library rounds logits to the compute

@@ -127,7 +127,7 @@ def measured(index: int | None) -> bool:
 
 @functools.lru_cache
 def has_fp8_mma(index: int | None) -> bool:
-    """Whether a device has matrix units for e4m3 operands; the interpreter multiplies anything."""
+    """Whether a device has tensor cores for e4m3 operands; the interpreter multiplies anything."""
     return index is None or torch.cuda.get_device_capability(index) >= (8, 9)
 
 
