@@ -114,7 +114,9 @@ def _masses(
     """
     assert running.blocks is not None
     masses = torch.softmax(running.blocks, 1, out=running.blocks)
-    return masses if share is None else masses.mul_(share[:, None])
+    if share is None:
+        return masses
+    return masses.mul_(share[:, None]).masked_fill_((share == 0)[:, None], 0)  # of no mass at all the shares are NaN
 
 
 def _select(problem: Problem, rows: slice, masses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
