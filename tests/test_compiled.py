@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import logitless
+from implementations import KEEP_ALL
 from logitless import compiled
-from logitless.objective import LossObjective, StatisticsObjective
-from logitless.options import HeadOptions, LossOptions
+from logitless.options import HeadOptions
 from logitless.schedules import Forced, force_strategy
 from problems import generator, random_problem
 
@@ -27,6 +31,13 @@ BACKENDS = [
     *(pytest.param("triton", forced, id=f"triton-{number}") for number, forced in enumerate(STRATEGIES[1:])),
     pytest.param("triton", Forced("stored", None, None, prepared=True), id="triton-prepared"),
 ]
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def inputs(bias: bool = False, tokens: int = TOKENS, vocabulary: int = VOCABULARY) -> tuple[torch.Tensor, ...]:
@@ -153,24 +164,159 @@ PADDED_TOKENS, PADDED_VOCABULARY = 48, 512
 def test_opcheck_of_the_loss(backend, forced):
     input, weight, target = inputs(tokens=PADDED_TOKENS, vocabulary=PADDED_VOCABULARY)
     scale = torch.full((PADDED_TOKENS,), 1 / PADDED_TOKENS)
-    objective = LossObjective(LossOptions(z_loss=0.01), None, scale, None, 1.0)
     wants = (True, True, False)
     settings = compiled.Settings(backend, None, HeadOptions(), None, "input", torch.float32, wants, forced)
-    text = compiled.written(settings, objective, None)
-    arguments = (input, weight, None, target.clamp_min(0), None, scale, None, None, None, text)
-    torch.library.opcheck(compiled.linear_head, arguments)
+    numbers = (1.0, None, 0.0, 0.01, None)
+    texts = [compiled.written(settings, numbers, "mean", (), None)]
+    if forced is None:
+        texts += [compiled.written(settings, numbers, "mean", (), traced) for traced in ("windowed", "chunked")]
+    for text in texts:
+        arguments = (input, weight, None, target.clamp_min(0), None, scale, None, None, None, None, text)
+        torch.library.opcheck(compiled.linear_head, arguments)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 def test_opcheck_of_statistics(backend):
     input, weight, target, bias = inputs(bias=True, tokens=PADDED_TOKENS, vocabulary=PADDED_VOCABULARY)
     scale = torch.ones(PADDED_TOKENS)
-    objective = StatisticsObjective(("nll", "entropy", "prediction"), None, scale)
-    wants = (True, True, True)
+    wants, outputs = (True, True, True), ("nll", "entropy", "prediction")
     settings = compiled.Settings(backend, None, HeadOptions(softcap=5.0), None, "input", torch.float32, wants, None)
-    text = compiled.written(settings, objective, None)
-    arguments = (input, weight, bias, target.clamp_min(0), None, scale, None, None, None, text)
-    torch.library.opcheck(compiled.linear_head, arguments)
+    for traced in (None, "windowed"):
+        text = compiled.written(settings, (1.0, 5.0, None, None, None), None, outputs, traced)
+        arguments = (input, weight, bias, target.clamp_min(0), None, scale, None, None, None, None, text)
+        torch.library.opcheck(compiled.linear_head, arguments)
+
+
+# --- any number of tokens ---------------------------------------------------------------------------------------------
+
+LENGTHS = range(10, 22)
+FORMS = {
+    "loss": {},
+    "per token": {"reduction": "none"},
+    "sum": {"reduction": "sum", "z_loss": 0.01},
+    "busy": {"softcap": 5.0, "logit_scale": 0.75, "label_smoothing": 0.125, "z_loss": 2.0**-7},
+    "busy, per token": {"softcap": 5.0, "label_smoothing": 0.125, "reduction": "none"},
+    "sampled": {"gradient": logitless.Sampled(threshold=KEEP_ALL)},
+    "sampled, per token": {"gradient": logitless.Sampled(threshold=KEEP_ALL), "reduction": "none"},
+}
+
+
+def plain_loss(input, weight, target, bias, reduction="mean", **_):
+    return F.cross_entropy(F.linear(input, weight, bias), target, reduction=reduction)
+
+
+def compilations(function: Callable, calls: list[tuple], dynamic: bool | None) -> tuple[int, list[list[torch.Tensor]]]:
+    """How often it was compiled in one graph, and loss and gradients of each call."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    whole = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
+    results = [loss_and_gradients(lambda *tensors: whole(*tensors).sum(), call) for call in calls]
+    return counter.frame_count, results
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("form", FORMS)
+def test_varying_lengths(form, backend, dynamic):
+    """Twelve lengths take as many compilations as of the plain loss, and each has the results of eager mode."""
+    options = {"backend": backend, **FORMS[form]}
+    calls = [inputs(bias=True, tokens=tokens) for tokens in LENGTHS]
+
+    def loss(input, weight, target, bias):
+        return logitless.linear_cross_entropy(input, weight, target, linear_bias=bias, **options)
+
+    count, given = compilations(loss, calls, dynamic)
+    assert count <= compilations(lambda *tensors: plain_loss(*tensors, **options), calls, dynamic)[0]
+    for call, results in zip(calls, given, strict=True):
+        assert_same(results, loss_and_gradients(lambda *tensors: loss(*tensors).sum(), call))
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_statistics_of_varying_lengths(backend, dynamic):
+    outputs = ("nll", "entropy", "prediction", "target_rank")
+
+    def statistics(input, weight, target):
+        given = logitless.token_statistics(input, weight, target, outputs=outputs, backend=backend)
+        return given.nll, given.entropy, given.prediction, given.target_rank
+
+    calls = [inputs(tokens=tokens) for tokens in LENGTHS]
+    whole = torch.compile(statistics, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for call in calls:
+        for ours, theirs in zip(whole(*call), statistics(*call), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=4e-6, atol=4e-6)
+    count, given = compilations(lambda *tensors: sum(whole_of(statistics(*tensors))), calls, dynamic)
+    assert count <= 2
+    for call, results in zip(calls, given, strict=True):
+        assert_same(results, loss_and_gradients(lambda *tensors: sum(whole_of(statistics(*tensors))), call))
+
+
+def whole_of(statistics: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Sums of those that have a gradient."""
+    return [value.sum() for value in statistics[:2]]
+
+
+NUMBERS = {
+    "logit_scale": (1.0, 0.5, 0.7, 0.9, 1.1),
+    "softcap": (5.0, 7.0, 9.0, 30.0),
+    "z_loss": (0.5, 0.25, 0.1, 0.01),
+    "label_smoothing": (0.5, 0.25, 0.1, 0.01),
+    "normalizer": (7.0, 9.0, 11.0, 12.5),
+}
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
+def test_numbers_that_change_from_call_to_call(name, kind):
+    """Are compiled for at most twice: once for a constant, once for a variable."""
+    if kind is torch.tensor and name != "normalizer":
+        pytest.skip("a number")
+
+    def loss(input, weight, target, number):
+        return logitless.linear_cross_entropy(input, weight, target, **{name: number})
+
+    counter = CompileCounterWithBackend("aot_eager")
+    whole = torch.compile(loss, backend=counter, fullgraph=True)
+    for number in NUMBERS[name]:
+        given = loss_and_gradients(lambda *tensors: whole(*tensors, kind(number)), inputs())  # noqa: B023
+        assert_same(given, loss_and_gradients(lambda *tensors: loss(*tensors, kind(number)), inputs()))  # noqa: B023
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("mark", [torch._dynamo.mark_dynamic, torch._dynamo.decorators.mark_unbacked])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_marked_number_of_tokens(mark, reduction):
+    """In one graph from the first call on."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(input, weight, target):
+        return logitless.linear_cross_entropy(input, weight, target, reduction=reduction)
+
+    whole = torch.compile(loss, backend=counter, fullgraph=True)
+    for tokens in LENGTHS:
+        call = inputs(tokens=tokens)
+        mark(call[0], 0)
+        mark(call[2], 0)
+        given = loss_and_gradients(lambda *tensors: whole(*tensors).sum(), call)
+        assert_same(given, loss_and_gradients(lambda *tensors: loss(*tensors).sum(), inputs(tokens=tokens)))
+    assert counter.frame_count == 1
+
+
+def test_export_with_any_number_of_tokens():
+    class Loss(torch.nn.Module):
+        def forward(self, input, weight, target):
+            return logitless.linear_cross_entropy(input, weight, target)
+
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    call = tuple(tensor.detach() for tensor in inputs())
+    exported = torch.export.export(Loss(), call, dynamic_shapes=({0: tokens}, None, {0: tokens}))
+    for length in (5, 37, 300):
+        call = tuple(tensor.detach() for tensor in inputs(tokens=length))
+        torch.testing.assert_close(exported.module()(*call), Loss()(*call))
 
 
 def test_main_grad_in_a_graph_is_refused():

@@ -333,8 +333,10 @@ def _no_room(shape: Shape, plan: planning.Plan, layout: sharding.Layout, workspa
 
 
 def _uniforms(tokens: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
-    """[N] float64 uniform in [0, 1), drawn where the generator lives; copying them makes nobody wait."""
-    source = device if generator is None else generator.device
+    """[N] float64 uniform in [0, 1), drawn where the generator lives; copying them waits for nothing."""
+    if generator is None:
+        return torch.rand(tokens, dtype=torch.float64, device=device)
+    source = generator.device
     pinned = source.type == "cpu" and device.type == "cuda"
     drawn = torch.rand(tokens, dtype=torch.float64, device=source, generator=generator, pin_memory=pinned)
     return drawn.to(device, non_blocking=True)

@@ -3,25 +3,31 @@
 ``logitless::linear_head`` gives the objective's outputs and what its gradient needs, and
 ``logitless::linear_head_backward`` the gradients. Both are functional: nothing that a forward pass leaves is
 overwritten and no outputs share memory, so no windows are aliased with the weight gradient, and what is cached is
-read, not used up. Everything that is not a tensor travels as text, so that a graph can hold it. Sizes are those of
-the trace: another number of tokens recompiles.
+read, not used up.
+
+What is not a tensor travels as text, so that a graph can hold it; numbers that the compiler takes for variables (a
+temperature that changes from step to step) travel as a tensor on the CPU. So does one graph serve any number of tokens,
+if it was traced for that: what its forward pass saves must then not depend on a plan, which the number decides. Logits
+are recomputed in the backward pass, or on the CPU, for a scalar, gradients are formed in the forward pass.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from logitless import backends, planning
-from logitless.backends.contract import Gradients, Shape, Statistics
+from logitless.backends.contract import Gradients, Schedule, Shape, Statistics, Strategy, TensorForm
 from logitless.objective import LossObjective, StatisticsObjective
 from logitless.operators import Call, differentiate, evaluate, of_valid_rows
-from logitless.options import HeadOptions, LossOptions, Scan
+from logitless.options import HeadOptions, LossOptions, Reduction, Scan
 from logitless.schedules import Forced
+
+INTEGER_OUTPUTS = ("prediction", "target_rank")
 
 
 @dataclass(frozen=True)
@@ -51,61 +57,55 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Text:
-    """Settings and objective as they are read back from text."""
+    """A call as it is read back from text.
 
-    settings: Settings
-    loss: LossOptions | None
+    Attributes:
+        numbers: ``logit_scale``, ``softcap``, ``label_smoothing``, ``z_loss`` and the smoothing of each entry: a
+            number, None, or ``"n"`` and its index among those that travel as a tensor.
+        reduction: of a loss; None for token statistics.
+        outputs: of token statistics.
+        traced: as in ``Shape``.
+    """
+
+    backend: str
+    workspace: int | None
+    threshold: float | None
+    scan: Scan
+    dtype: str
+    wants: tuple[bool, bool, bool]
+    forced: tuple[Any, ...] | None
+    numbers: tuple[float | str | None, ...]
+    reduction: Reduction | None
     outputs: tuple[str, ...]
-    uniform_smoothing: float | None
+    traced: Strategy | None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype.removeprefix("torch."))
+        return dtype
 
     @property
     def statistics_dtype(self) -> torch.dtype:
-        return torch.float64 if self.settings.compute_dtype == torch.float64 else torch.float32
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
+    @property
+    def output_count(self) -> int:
+        return 1 if self.reduction is not None else len(self.outputs)
 
-def written(settings: Settings, objective: LossObjective | StatisticsObjective, uniform: float | None) -> str:
-    """Everything that is not a tensor, as the text of a tuple."""
-    head, forced = settings.head, settings.forced
-    dtype = str(settings.compute_dtype)
-    demanded = None
-    if forced is not None:
-        demanded = (forced.strategy, forced.rows, forced.window, forced.kept, forced.aliased, forced.prepared)
-    loss = outputs = None
-    if isinstance(objective, LossObjective):
-        options = objective.options
-        loss = (options.reduction, options.ignore_index, options.label_smoothing, options.z_loss)
-    else:
-        outputs = objective.names
-    parts = (
-        settings.backend,
-        settings.workspace,
-        (head.logit_scale, head.softcap),
-        settings.threshold,
-        settings.scan,
-        dtype,
-        settings.wants,
-        demanded,
-        loss,
-        outputs,
-        uniform,
-    )
-    return str(parts)
+    def read_numbers(self, given: torch.Tensor | None) -> list[float | None]:
+        """The numbers; those of the tensor are 0 where it is not known, as while a graph is traced."""
+
+        def value(number: float | str | None) -> float | None:
+            if not isinstance(number, str):
+                return number
+            return 0.0 if given is None else float(given[int(number.removeprefix("n"))])
+
+        return [value(number) for number in self.numbers]
 
 
 @functools.lru_cache(maxsize=256)
 def _read(text: str) -> _Text:
-    backend, workspace, head, threshold, scan, dtype, wants, demanded, loss, outputs, uniform = ast.literal_eval(text)
-    settings = Settings(
-        backend=backend,
-        workspace=workspace,
-        head=HeadOptions(*head),
-        threshold=threshold,
-        scan=scan,
-        compute_dtype=getattr(torch, dtype.removeprefix("torch.")),
-        wants=wants,
-        forced=None if demanded is None else Forced(*demanded),
-    )
-    return _Text(settings, None if loss is None else LossOptions(*loss), tuple(outputs or ()), uniform)
+    return _Text(*ast.literal_eval(text))
 
 
 def apply(
@@ -120,14 +120,127 @@ def apply(
     settings: Settings,
 ) -> tuple[torch.Tensor, ...]:
     """As ``operators.apply``."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
+
     vector = smoothing if isinstance(smoothing, torch.Tensor) else None
-    text = written(settings, objective, smoothing if isinstance(smoothing, float) else None)
-    class_weight = objective.class_weight if isinstance(objective, LossObjective) else None
-    results = linear_head(
-        hidden, weight, bias, target, valid_mask, objective.scale, class_weight, vector, uniforms, text
+    label_smoothing = z_loss = reduction = class_weight = None
+    outputs: tuple[str, ...] = ()
+    if isinstance(objective, LossObjective):
+        options, class_weight = objective.options, objective.class_weight
+        label_smoothing, z_loss, reduction = options.label_smoothing, options.z_loss, options.reduction
+    else:
+        outputs = objective.names
+    uniform = None if isinstance(smoothing, torch.Tensor) else smoothing
+    numbers: list[float | str | None] = []
+    variables: list[torch.Tensor] = []
+    for number in (settings.head.logit_scale, settings.head.softcap, label_smoothing, z_loss, uniform):
+        if number is None or has_static_value(number):
+            numbers.append(None if number is None else guard_scalar(number))
+        else:
+            numbers.append("n" + str(len(variables)))
+            variables.append(torch.ones((), dtype=torch.float64, device="cpu") * number)
+    traced = None if has_static_value(hidden.shape[0]) else _traced(hidden, settings, reduction)
+    workspace, threshold = settings.workspace, settings.threshold
+    fixed = replace(
+        settings,
+        workspace=None if workspace is None else guard_scalar(workspace),
+        threshold=None if threshold is None else guard_scalar(threshold),
     )
-    count = 1 if isinstance(objective, LossObjective) else len(objective.names)
-    return tuple(results[:count])
+    results = linear_head(
+        hidden,
+        weight,
+        bias,
+        target,
+        valid_mask,
+        objective.scale,
+        class_weight,
+        vector,
+        uniforms,
+        torch.stack(variables) if variables else None,
+        written(fixed, tuple(numbers), reduction, outputs, traced),
+    )
+    return tuple(results[: 1 if reduction is not None else len(outputs)])
+
+
+def written(
+    settings: Settings,
+    numbers: tuple[float | str | None, ...],
+    reduction: Reduction | None,
+    outputs: tuple[str, ...],
+    traced: Strategy | None,
+) -> str:
+    """A call as text; of the settings without ``head``, whose numbers are among the others: see ``_Text``."""
+    forced = settings.forced
+    demanded = None
+    if forced is not None:
+        demanded = (forced.strategy, forced.rows, forced.window, forced.kept, forced.aliased, forced.prepared)
+    parts = (
+        settings.backend,
+        settings.workspace,
+        settings.threshold,
+        settings.scan,
+        str(settings.compute_dtype),
+        settings.wants,
+        demanded,
+        numbers,
+        reduction,
+        outputs,
+        traced,
+    )
+    return str(parts)
+
+
+def _traced(hidden: torch.Tensor, settings: Settings, reduction: Reduction | None) -> Strategy:
+    """The strategy of a graph that serves any number of tokens."""
+    if not (settings.wants[0] or settings.wants[1] or settings.wants[2]):
+        return "loss_only"
+    if settings.threshold is not None:
+        return "sampled"
+    on_cpu = hidden.device.type == "cpu" and settings.backend != "triton"
+    return "chunked" if on_cpu and reduction in ("mean", "sum") else "windowed"
+
+
+def _shape(
+    text: _Text,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    objective: LossObjective | StatisticsObjective,
+) -> Shape:
+    tokens: Any = hidden.shape[0]  # a symbol where a graph is traced for any number
+    return Shape.of(
+        hidden,
+        weight,
+        tokens if text.traced is not None else int(tokens),
+        compute_dtype=text.compute_dtype,
+        hidden_gradient=text.wants[0],
+        weight_gradient=text.wants[1],
+        bias_gradient=text.wants[2],
+        statistics=objective.statistics,
+        biased=bias is not None,
+        softcapped=text.numbers[1] is not None,
+        threshold=text.threshold,
+        scan=text.scan,
+        compacted=not hidden.is_contiguous(),
+        main_grad=False,
+        functional=True,
+        traced=text.traced,
+    )
+
+
+def _objective(
+    text: _Text,
+    valid_mask: torch.Tensor | None,
+    scale: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    smoothing: torch.Tensor | None,
+    label_smoothing: float | None,
+    z_loss: float | None,
+) -> LossObjective | StatisticsObjective:
+    if text.reduction is None:
+        return StatisticsObjective(text.outputs, valid_mask, scale)
+    options = LossOptions(text.reduction, label_smoothing=label_smoothing or 0.0, z_loss=z_loss or 0.0)
+    return LossObjective(options, valid_mask, scale, class_weight, 1.0 if smoothing is None else smoothing.sum())
 
 
 def _call(
@@ -140,41 +253,24 @@ def _call(
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
     uniforms: torch.Tensor | None,
+    numbers: torch.Tensor | None,
 ) -> Call:
     """The call that the operators' arguments stand for, planned."""
-    settings = text.settings
-    if text.loss is None:
-        objective: LossObjective | StatisticsObjective = StatisticsObjective(text.outputs, valid_mask, scale)
-    else:
-        mass = 1.0 if smoothing is None else smoothing.sum()
-        objective = LossObjective(text.loss, valid_mask, scale, class_weight, mass)
-    shape = Shape.of(
-        hidden,
-        weight,
-        int(hidden.shape[0]),
-        compute_dtype=settings.compute_dtype,
-        hidden_gradient=settings.wants[0],
-        weight_gradient=settings.wants[1],
-        bias_gradient=settings.wants[2],
-        statistics=objective.statistics,
-        biased=bias is not None,
-        softcapped=settings.head.softcap is not None,
-        threshold=settings.threshold,
-        scan=settings.scan,
-        compacted=not hidden.is_contiguous(),
-        main_grad=False,
-        functional=True,
-    )
-    backend = planning.choose_backend(settings.backend, shape)
+    logit_scale, softcap, label_smoothing, z_loss, uniform = text.read_numbers(numbers)
+    objective = _objective(text, valid_mask, scale, class_weight, smoothing, label_smoothing, z_loss)
+    shape = _shape(text, hidden, weight, bias, objective)
+    forced = None if text.forced is None else Forced(*text.forced)
+    backend = planning.choose_backend(text.backend, shape)
+    assert logit_scale is not None
     return Call(
         shape=shape,
-        plan=planning.choose(shape, backend, objective.scalar, settings.workspace, settings.forced),
+        plan=planning.choose(shape, backend, objective.scalar, text.workspace, forced),
         rows=None,
         total_rows=shape.tokens,
-        head=settings.head,
+        head=HeadOptions(logit_scale, softcap),
         objective=objective,
         valid_mask=valid_mask,
-        smoothing=text.uniform_smoothing if smoothing is None else smoothing,
+        smoothing=uniform if smoothing is None else smoothing,
         main_grad=None,
         uniforms=uniforms,
     )
@@ -191,11 +287,14 @@ def linear_head(
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
     uniforms: torch.Tensor | None,
+    numbers: torch.Tensor | None,
     text: str,
 ) -> list[torch.Tensor]:
     """The objective's outputs, then what the gradient needs: see ``_saved``."""
-    call = _call(_read(text), hidden, weight, bias, valid_mask, scale, class_weight, smoothing, uniforms)
+    call = _call(_read(text), hidden, weight, bias, valid_mask, scale, class_weight, smoothing, uniforms, numbers)
     outputs, statistics, prepared = evaluate(call, hidden, weight, bias, target)
+    if call.shape.traced == "windowed":
+        statistics = statistics.with_saved(())
     return [*outputs, *_saved(statistics, prepared)]
 
 
@@ -218,28 +317,43 @@ def _(
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
     uniforms: torch.Tensor | None,
+    numbers: torch.Tensor | None,
     text: str,
 ) -> list[torch.Tensor]:
     read = _read(text)
-    call = _call(read, hidden, weight, bias, valid_mask, scale, class_weight, smoothing, uniforms)
-    shape, dtype = call.shape, read.statistics_dtype
+    _, _, label_smoothing, z_loss, _ = read.read_numbers(None)
+    objective = _objective(read, valid_mask, scale, class_weight, smoothing, label_smoothing, z_loss)
+    shape, dtype = _shape(read, hidden, weight, bias, objective), read.statistics_dtype
 
     def rows(kind: torch.dtype) -> torch.Tensor:
         return hidden.new_empty(shape.tokens, dtype=kind)
 
-    if call.objective.scalar:
+    if objective.scalar:
         outputs = [hidden.new_empty((), dtype=dtype)]
-    elif read.loss is not None:
+    elif read.reduction is not None:
         outputs = [rows(dtype)]
     else:
-        outputs = [rows(torch.int64 if name in ("prediction", "target_rank") else dtype) for name in read.outputs]
-    if call.plan.strategy == "chunked":
+        outputs = [rows(torch.int64 if name in INTEGER_OUTPUTS else dtype) for name in read.outputs]
+    strategy, left = _left(read, shape, objective.scalar)
+    if strategy == "chunked":
         sizes = ((shape.tokens, shape.hidden), (shape.vocabulary, shape.hidden), (shape.vocabulary,))
-        prepared = [size for size, wanted in zip(sizes, read.settings.wants, strict=True) if wanted]
+        prepared = [size for size, wanted in zip(sizes, read.wants, strict=True) if wanted]
         return [*outputs, *(hidden.new_empty(size, dtype=dtype) for size in prepared)]
     statistics = [rows(dtype) for _ in range(4 if "mean_gap" in shape.statistics else 3)]
-    left = backends.load(call.plan.backend).saved_forms(shape, call.plan.schedule) if shape.any_gradient else []
     return [*outputs, *statistics, *(hidden.new_empty(size, dtype=kind) for size, kind in left)]
+
+
+def _left(text: _Text, shape: Shape, scalar: bool) -> tuple[Strategy, list[TensorForm]]:
+    """The strategy of a call, and the sizes and dtypes of what its forward pass saves besides statistics."""
+    backend = planning.choose_backend(text.backend, shape)
+    if text.traced is not None:
+        if text.traced != "sampled":
+            return text.traced, []
+        return "sampled", backends.load(backend).saved_forms(shape, Schedule("sampled", shape.tokens, shape.vocabulary))
+    forced = None if text.forced is None else Forced(*text.forced)
+    plan = planning.choose(shape, backend, scalar, text.workspace, forced)
+    left = backends.load(backend).saved_forms(shape, plan.schedule) if shape.any_gradient else []
+    return plan.strategy, left
 
 
 @torch.library.custom_op("logitless::linear_head_backward", mutates_args=())
@@ -255,12 +369,13 @@ def linear_head_backward(
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
     uniforms: torch.Tensor | None,
+    numbers: torch.Tensor | None,
     saved: list[torch.Tensor],
     text: str,
 ) -> list[torch.Tensor]:
     """The gradients that are wanted, in their tensors' dtypes, from upstream gradients of the outputs ``given``."""
     read = _read(text)
-    call = _call(read, hidden, weight, bias, valid_mask, scale, class_weight, smoothing, uniforms)
+    call = _call(read, hidden, weight, bias, valid_mask, scale, class_weight, smoothing, uniforms, numbers)
     gap = "mean_gap" in call.shape.statistics
     statistics = Statistics(
         peak=saved[0],
@@ -269,7 +384,11 @@ def linear_head_backward(
         mean_gap=saved[3] if gap else None,
         saved=tuple(saved[3 + gap :]),
     )
-    by_output: list[torch.Tensor | None] = [None] * (1 if read.loss is not None else len(read.outputs))
+    if call.shape.traced == "windowed":
+        problem = call.problem(hidden, weight, bias, target)
+        backend = backends.load(call.plan.backend)
+        statistics = statistics.with_saved(backend.recomputed(problem, call.plan.schedule))
+    by_output: list[torch.Tensor | None] = [None] * read.output_count
     for index, grad in zip(given, upstream, strict=True):
         by_output[index] = grad
     gradients = differentiate(call, hidden, weight, bias, target, statistics, tuple(by_output))
@@ -290,34 +409,32 @@ def _(
     class_weight: torch.Tensor | None,
     smoothing: torch.Tensor | None,
     uniforms: torch.Tensor | None,
+    numbers: torch.Tensor | None,
     saved: list[torch.Tensor],
     text: str,
 ) -> list[torch.Tensor]:
-    wanted = zip((hidden, weight, bias), _read(text).settings.wants, strict=True)
+    wanted = zip((hidden, weight, bias), _read(text).wants, strict=True)
     return [of.new_empty(of.shape) for of, want in wanted if want and of is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     *tensors, text = inputs
-    hidden, weight, bias, _, *others = tensors
     read = _read(text)
-    count = 1 if read.loss is not None else len(read.outputs)
-    ctx.text, ctx.count = text, count
-    ctx.prepared = _call(read, hidden, weight, bias, *others).plan.strategy == "chunked"
+    ctx.text, ctx.count = text, read.output_count
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[count:])
+    ctx.save_for_backward(*tensors, *output[ctx.count :])
 
 
 def _backward(ctx: Any, upstream: list[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
-    tensors, saved = ctx.saved_tensors[:9], list(ctx.saved_tensors[9:])
+    tensors, saved = ctx.saved_tensors[:10], list(ctx.saved_tensors[10:])
     read = _read(ctx.text)
-    nothing = (None,) * 7
+    nothing = (None,) * 8
     given = [index for index, grad in enumerate(upstream[: ctx.count]) if grad is not None]
     if not given:
         return None, None, None, *nothing
     grads = [grad for grad in upstream[: ctx.count] if grad is not None]
-    wants, of = read.settings.wants, tensors[:3]
-    if ctx.prepared:  # for an upstream gradient of 1
+    wants, of = read.wants, tensors[:3]
+    if saved[0].ndim == 2 or len(saved) < 3:  # gradients, for an upstream one of 1, instead of statistics
         scales = (of_valid_rows(grads[0], tensors[4]), grads[0], grads[0])
         wanted = [(tensor, scale) for tensor, scale, want in zip(of, scales, wants, strict=True) if want]
         results = [(gradient * scale).to(tensor.dtype) for gradient, (tensor, scale) in zip(saved, wanted, strict=True)]

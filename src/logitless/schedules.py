@@ -92,7 +92,7 @@ class Search:
 
         if self._costed:
             return self._cheapest(fits)
-        candidates = [*self._preferred()]
+        candidates = [*self._traced(self._preferred())]
         schedule = next((candidate for candidate in candidates if fits(candidate)), None)
         return None if schedule is None else self._refine(schedule, candidates, fits)
 
@@ -100,7 +100,12 @@ class Search:
         """The schedule that holds least."""
         if self.forced is not None:
             return self._demanded(self.forced)
-        return min(self._costed_candidates() if self._costed else self._preferred(), key=self.needed)
+        return min(self._traced(self._costed_candidates() if self._costed else self._preferred()), key=self.needed)
+
+    def _traced(self, candidates: Iterator[Schedule]) -> Iterator[Schedule]:
+        """Those of the strategy that a graph was traced with, if it was."""
+        strategy = self.shape.traced
+        return (candidate for candidate in candidates if strategy is None or candidate.strategy == strategy)
 
     @property
     def _costed(self) -> bool:
@@ -114,7 +119,7 @@ class Search:
 
     def _cheapest(self, fits: Fits) -> Schedule | None:
         costs = {}
-        for candidate in self._costed_candidates():
+        for candidate in self._traced(self._costed_candidates()):
             filled = self._cache_windows(candidate, fits) if candidate.strategy == "windowed" else candidate
             if fits(filled):
                 costs[filled] = self._cost(filled)
@@ -170,6 +175,8 @@ class Search:
         smoothing that the cap leaves; in fp16 too many probabilities are zero.
         """
         shape = self.shape
+        if shape.traced is not None:
+            return False
         smoothed = shape.softcapped and "smooth_logit" in shape.statistics
         return not (self._costed and smoothed and shape.compute_dtype == torch.float16)
 

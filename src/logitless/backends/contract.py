@@ -75,6 +75,8 @@ class Shape:
         functional: whether what a forward pass leaves must stay as it is, as under torch.compile.
         sharded: whether the vocabulary is that of one rank of several, whose statistics are to be merged.
         frozen_columns: how many of the weight's first columns are without a gradient where the others have one.
+        traced: the strategy of a graph that serves any number of tokens, under which a forward pass saves nothing whose
+            size is for the plan to decide; None where the plan decides everything.
     """
 
     tokens: int
@@ -98,6 +100,7 @@ class Shape:
     functional: bool
     sharded: bool = False
     frozen_columns: int = 0
+    traced: Strategy | None = None
 
     @classmethod
     def of(
@@ -403,6 +406,10 @@ class BackendModule(Protocol):
 
     def saved_forms(self, shape: Shape, schedule: Schedule) -> list[TensorForm]:
         """Sizes and dtypes of ``Statistics.saved``."""
+        ...
+
+    def recomputed(self, problem: Problem, schedule: Schedule) -> tuple[torch.Tensor, ...]:
+        """``Statistics.saved`` of a windowed schedule that keeps no logits, made without them."""
         ...
 
     def forward(self, problem: Problem, schedule: Schedule, ahead: AffineCoefficients | None) -> Statistics:

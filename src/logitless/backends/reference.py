@@ -69,6 +69,12 @@ def saved_forms(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     return []
 
 
+def recomputed(problem: Problem, schedule: Schedule) -> tuple[torch.Tensor, ...]:
+    """Nothing."""
+    del problem, schedule
+    return ()
+
+
 def _operands(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states and weight as they enter the products: rounded to the compute dtype, held wider."""
     shape = problem.shape

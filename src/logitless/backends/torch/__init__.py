@@ -16,6 +16,7 @@ from logitless.backends.contract import (
 )
 from logitless.backends.torch import dense, sampled
 from logitless.backends.torch.dense import forward_with_gradients as forward_with_gradients
+from logitless.backends.torch.dense import recomputed as recomputed
 from logitless.backends.torch.memory import workspace as workspace
 
 READS_MATRIX = False

@@ -43,7 +43,7 @@ def saved_forms(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     """
     windows = math.ceil(shape.vocabulary / schedule.window)
     kept = max(0, shape.vocabulary - (windows - schedule.cached_windows) * schedule.window)
-    sums = shape.any_gradient and schedule.window == schedule.backward_window
+    sums = shape.any_gradient and schedule.window == schedule.backward_window and shape.traced is None
     return [
         ((shape.vocabulary, shape.hidden) if schedule.aliased_windows else (0, shape.hidden), shape.weight_dtype),
         ((shape.tokens * kept,), shape.product_dtype),
@@ -101,6 +101,12 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
                 sums[:, rows] = running.window
         parts.append(running.finish())
     return concatenate(parts, problem).with_saved(tensors)
+
+
+def recomputed(problem: Problem, schedule: Schedule) -> tuple[torch.Tensor, ...]:
+    """What a forward pass saves that keeps nothing for the backward pass: empty tensors."""
+    forms = saved_forms(problem.shape, schedule)
+    return tuple(torch.empty(size, dtype=dtype, device=problem.hidden.device) for size, dtype in forms)
 
 
 def concatenate(parts: list[Statistics], problem: Problem) -> Statistics:

@@ -57,6 +57,11 @@ def saved_forms(shape: Shape, schedule: Schedule) -> list[TensorForm]:
     return dense.saved_forms(shape, schedule, blocks(shape))
 
 
+def recomputed(problem: Problem, schedule: Schedule) -> tuple[torch.Tensor, ...]:
+    """What a forward pass saves that keeps nothing for the backward pass: the order of the rows."""
+    return dense.recomputed(problem, schedule)
+
+
 def forward(problem: Problem, schedule: Schedule, ahead: AffineCoefficients | None) -> Statistics:
     """Statistics of every row, and what the schedule keeps for the backward pass."""
     if schedule.prepared:

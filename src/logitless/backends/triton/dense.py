@@ -185,6 +185,15 @@ def forward(problem: Problem, schedule: Schedule) -> Statistics:
     return statistics.with_saved((*left, table, order.order, order.target, order.count))
 
 
+def recomputed(problem: Problem, schedule: Schedule) -> tuple[torch.Tensor, ...]:
+    """What a forward pass saves that keeps nothing for the backward pass: the order of the rows."""
+    launcher = Launcher(problem)
+    forms = saved_forms(problem.shape, schedule, ceil_div(problem.shape.vocabulary, launcher.block))[:3]
+    order = launcher.rows
+    kept = (torch.empty(size, dtype=dtype, device=launcher.device) for size, dtype in forms)
+    return (*kept, order.order, order.target, order.count)
+
+
 class _Accumulators:
     """The gradients of a backward pass, to which windows of the logits' gradient add their products."""
 
