@@ -68,8 +68,8 @@ def inverse_normalizer(normalizer: Normalizer, token_scale: torch.Tensor) -> tor
         total = token_scale.sum()
     elif isinstance(normalizer, torch.Tensor):
         total = normalizer.to(token_scale)
-    else:  # written on the device: a copy from the host would wait
-        total = torch.full((), normalizer, dtype=token_scale.dtype, device=token_scale.device)
+    else:  # made on the device: a copy from the host would wait; and by a product, which a graph has for any number
+        total = token_scale.new_ones(()) * normalizer
     return torch.where(total == 0, 0, 1 / total)
 
 

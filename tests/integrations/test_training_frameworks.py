@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
@@ -277,6 +278,31 @@ def test_compiled_in_one_graph(how, tied):
     with computed() as reasons:
         check(results(called, arguments), plain, exact)
     assert reasons == []
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+def test_compiled_for_varying_lengths(dynamic):
+    """As rarely as without the patch, but for one compilation, and with the losses of eager mode."""
+
+    def losses(model: nn.Module) -> tuple[int, list[Tensor]]:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        whole = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
+        found = []
+        for length in range(10, 20):
+            ids = torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(length))
+            loss = whole(input_ids=ids, labels=ids).loss
+            loss.backward()
+            found.append(loss.detach())
+        return counter.frame_count, found
+
+    model = llama()
+    plain, expected = losses(model)
+    logitless.patch(model)
+    count, found = losses(model)
+    assert count <= plain + 1
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.usefixtures("nothing_compiled")
