@@ -192,7 +192,9 @@ def backward(problem: Problem, statistics: Statistics, coefficients: Coefficient
     if adds:
         gradients.weight = None
     if gradients.hidden is not None:
-        add_target_rows(gradients.hidden, problem, problem.target, group.entries_by_row())
+        entries = group.entries_by_row()
+        del group  # its buffers are as large as what the smoothing takes
+        add_target_rows(gradients.hidden, problem, problem.target, entries)
         if rank_one is not None:
             rank_one.add_to_hidden(gradients.hidden)
     if gradients.bias is not None and rank_one is not None:
