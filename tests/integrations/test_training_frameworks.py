@@ -451,12 +451,14 @@ def test_lora_on_a_head_with_more(name):
 
 @pytest.mark.parametrize("saved", [["lm_head", "embed_tokens"], ["embed_tokens"], ["lm_head"]], ids=str)
 def test_head_and_embedding_saved_and_kept_tied(saved):
-    """PEFT makes a head of the embedding, whose attributes say [D, V]."""
-    if "ensure_weight_tying" not in peft.LoraConfig.__dataclass_fields__:
+    """PEFT makes a head of the embedding, whose attributes say [D, V]; since 0.19, which ties a head alone too."""
+    release = tuple(int(part) for part in peft.__version__.split(".")[:2])
+    if release < (0, 18) or (release == (0, 18) and "embed_tokens" not in saved):
         pytest.skip("this PEFT does not keep them tied")
     model = adapted(True, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=True)
     compare(model, heads=("lm_head.original_module", "lm_head.modules_to_save.default"))
-    assert model.get_base_model().lm_head.modules_to_save.default.out_features == HIDDEN
+    if release >= (0, 19):
+        assert model.get_base_model().lm_head.modules_to_save.default.out_features == HIDDEN
 
 
 def test_lora_with_checkpointing():
