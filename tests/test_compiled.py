@@ -309,6 +309,15 @@ def test_marked_number_of_tokens(reduction):
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("strategy", ["stored", "windowed"])
+def test_other_strategies_for_any_number_of_tokens_are_refused(strategy):
+    """What they keep has a size that the graph was not traced for."""
+    whole = torch.compile(logitless.linear_cross_entropy, backend="aot_eager", dynamic=True)
+    with force_strategy(strategy), pytest.raises(Exception, match="cannot serve a graph for any number of tokens"):
+        whole(*inputs())
+
+
 def test_export_with_any_number_of_tokens():
     class Loss(torch.nn.Module):
         def forward(self, input, weight, target):

@@ -43,13 +43,9 @@ def _version(distribution: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    built = (
-        f"CUDA {torch.version.cuda}"
-        if torch.version.cuda
-        else f"ROCm {torch.version.hip}"
-        if torch.version.hip
-        else "CPUs"
-    )
+    built = "CPUs"
+    if torch.version.cuda or torch.version.hip:
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     if not torch.cuda.is_available():
         return [f"no CUDA device that PyTorch sees; it is built for {built}"]
     lines = [f"PyTorch is built for {built}"]

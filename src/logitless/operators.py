@@ -126,10 +126,8 @@ def evaluate(
     schedule, backend, objective = call.plan.schedule, backends.load(call.plan.backend), call.objective
     prepared, shard = None, call.shard
     merge = None if shard is None else Merging(shard, call.smoothing)
-    with (
-        full_precision_accumulation(hidden.device),
-        torch.cuda.device_of(hidden),
-    ):  # kernels start on the current device
+    # Kernels start on the current device.
+    with full_precision_accumulation(hidden.device), torch.cuda.device_of(hidden):
         problem = call.problem(hidden, weight, bias, target, merge)
         ahead = None
         if schedule.strategy == "chunked" or schedule.prepared:

@@ -283,6 +283,11 @@ class Search:
         natural = "loss_only" if not shape.any_gradient else "sampled" if shape.threshold is not None else "exact"
         if natural != ("exact" if strategy in ("stored", "chunked", "windowed") else strategy):
             raise ValueError(f"strategy {strategy!r} cannot serve a call whose gradient is {natural!r}")
+        if shape.traced is not None and (strategy != shape.traced or forced.kept):
+            raise ValueError(
+                f"strategy {strategy!r} cannot serve a graph for any number of tokens, which was traced for "
+                f"{shape.traced!r} and saves no logits"
+            )
         multiple = self.backend.window_multiple(shape)
         rows = min(forced.rows or tokens, tokens)
         narrow = min(math.ceil((forced.window or vocabulary) / multiple) * multiple, vocabulary)

@@ -3,7 +3,7 @@
 A backend is a module with these functions:
 
 ``unsupported(shape) -> str | None``
-    why it cannot serve a problem, or None; shared by dispatch, ``logitless check``, test skips and documentation.
+    why it cannot serve a problem, or None; shared by dispatch, ``logitless doctor`` and test skips.
 ``workspace(shape, schedule) -> int``
     an upper bound, in bytes, of what it holds above inputs and gradients under a schedule.
 ``window_multiple(shape) -> int``
@@ -12,6 +12,8 @@ A backend is a module with these functions:
     seconds, roughly, to rank schedules; None where the planner's order of preference decides.
 ``saved_forms(shape, schedule) -> sizes and dtypes``
     of the tensors that ``forward`` leaves for ``backward``, as far as these are known before.
+``recomputed(problem, schedule) -> tensors``
+    what ``forward`` leaves under a windowed schedule that keeps no logits, made without these.
 ``forward(problem, schedule, ahead) -> Statistics``
     one pass over the logits.
 ``backward(problem, schedule, statistics, coefficients) -> Gradients``
